@@ -1,0 +1,56 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The version of torch to develop with; the built library serves every torch from 2.10 up.
+TORCH ?= torch==2.13.0
+# One architecture keeps the tests' build short. A wheel gets all of them: see setup.py.
+export TORCH_CUDA_ARCH_LIST ?= 9.0a
+export MAX_JOBS ?= $(shell nproc)
+
+NATIVE_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: help build test bench lint format asan clean
+
+help:
+	@echo "make test    environment, build, lint, the whole suite"
+	@echo "make bench   the benchmarks; results as JSON under benchmarks/results/local"
+	@echo "make lint | format | asan | clean"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+# Tools and torch first: the build uses them as they are, so that no isolated build downloads a second torch.
+$(VENV)/.tools: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet $(TORCH) "setuptools>=77" wheel ninja "pybind11>=3.0" numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.tools $(NATIVE_SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[text,dev]'
+	touch $@
+
+build: $(VENV)/.built
+
+test: build lint
+	$(BIN)/python -m pytest
+
+bench: build
+	$(BIN)/python -m pytest benchmarks --benchmark-enable -o addopts="" --benchmark-only
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+asan: build
+	$(BIN)/python tests/native/asan.py
+
+clean:
+	rm -rf build dist *.egg-info llmkern/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// From logits to a token, in one call and exactly.
+//
+// Every row b of B is independent of the others: its result depends on its logits, its settings, its seed and its
+// position alone. With logits [B, V] (float32) the steps are, in float32 with one rounding an operation:
+//
+//   1. y_v = logits[b, v] + bias[v];  y_v = -inf where allowed[v] is 0.
+//      For each distinct v among prompt_ids[b] and output_ids[b] (ids outside [0, V) are padding):
+//        y_v = y_v > 0 ? y_v / repetition : y_v * repetition        (Keskar et al. 2019), and, with
+//        c = occurrences of v in output_ids[b], if c > 0:
+//        y_v = (y_v - frequency * c) - presence
+//   2. z_v = y_v * (1 / temperature); the inverse is rounded to float32 and at most FLT_MAX. m = max z.
+//      temperature 0 means temperature 1 and top_k 1: the first token of the order below.
+//      A NaN among the z, or m = -inf, makes the row invalid: token -1, logprobs and entropy NaN, counts 0.
+//   3. d_v = z_v == m ? 0 : z_v - m;  mass(v) = exp_mass(d_v) (arithmetic.h), an integer in [0, 2^40].
+//   4. Tokens with z = -inf are never kept. "The order" is z descending, then id ascending.
+//        top_k      (k > 0) keeps the first k of the order;
+//        top_p      (p < 1) keeps, of those, the shortest prefix of the order with mass >= ceil(p * their mass);
+//        min_p      (> 0) keeps, of those, tokens with mass >= ceil(min_p * 2^40);
+//        typical_p  (< 1; Meister et al. 2022) orders what is left by deviation ascending, then id ascending, where
+//                   x_v = (double)(-d_v), deviation = (float)|x_v - S / M|, M = sum mass, S = sum round(mass * x),
+//                   and keeps the shortest prefix with mass >= ceil(typical_p * M).
+//      Fractions are taken as floor(p * 2^62) / 2^62 and products are exact (128-bit). This is the order of Hugging
+//      Face.
+//   5. u = philox_u64(seed, kSample, position); target = floor(u * M / 2^64), M the mass of all kept tokens;
+//      the token is the first kept id, ascending, whose running kept mass exceeds target.
+//
+// Out, for every row: the token; logprob = d - log_mass(sum of all masses) before filtering; filtered_logprob with the
+// kept mass instead; rank, the number of tokens before it in the order; num_kept; entropy of the unfiltered
+// distribution, log_mass(M0) + (sum round(mass * x)) / M0; the first num_logprobs of the order with their logprobs
+// (-1 and -inf beyond the last token that is not -inf). Logprobs are computed in float64 and rounded once.
+//
+// V < 2^23, so that no sum of masses leaves 64 bits.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/philox.h"
+
+namespace llmkern {
+
+constexpr int64_t kMaxSampleVocabulary = int64_t{1} << 23;
+
+// The settings of a row, as they come from Python. Ranges are checked there.
+struct SampleSettings {
+  double temperature;         // >= 0
+  double top_k;               // a whole number; 0 keeps all
+  double top_p;               // (0, 1]
+  double min_p;               // [0, 1]
+  double typical_p;           // (0, 1]
+  double repetition_penalty;  // > 0
+  double presence_penalty;
+  double frequency_penalty;
+};
+constexpr int64_t kSampleSettings = sizeof(SampleSettings) / sizeof(double);
+
+struct Sample {
+  const float* logits;        // [B, V]
+  const float* bias;          // null, [V] or [B, V]
+  int64_t bias_stride;        // 0 or V
+  const bool* allowed;        // null, [V] or [B, V]
+  int64_t allowed_stride;     // 0 or V
+  const int64_t* prompt_ids;  // null or [B, prompt_length]
+  const int64_t* output_ids;  // null or [B, output_length]
+  int64_t prompt_length, output_length;
+  const SampleSettings* settings;  // [1] or [B]
+  int64_t settings_stride;         // 0 or 1
+  const int64_t* seeds;            // [1] or [B]
+  int64_t seed_stride;             // 0 or 1
+  const int64_t* positions;        // [B]
+  int64_t B, V, num_logprobs;
+
+  int64_t* token;           // [B]
+  float* logprob;           // [B]
+  float* filtered_logprob;  // [B]
+  int64_t* rank;            // [B]
+  int64_t* num_kept;        // [B]
+  float* entropy;           // [B]
+  int64_t* top_ids;         // [B, num_logprobs]
+  float* top_logprobs;      // [B, num_logprobs]
+};
+
+}  // namespace llmkern

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every binding shares: tensors of the stable ABI, checks with the house's error text, allocation, threads.
+//
+// Python validates first (llmkern/ops); these checks are the backstop for callers of torch.ops.llmkern, so that no
+// argument whatever makes a kernel read or write where it should not.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/parallel.h"
+#include "kernels/run.h"
+
+namespace llmkern::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Throws "llmkern.<what>: <text>"; the parts of the text are streamed, so numbers need no formatting. torch hands
+// std::invalid_argument to Python as ValueError, std::out_of_range as IndexError and any other as RuntimeError.
+template <class Exception = std::invalid_argument, class... Parts>
+[[noreturn]] void fail(const char* what, const Parts&... parts) {
+  std::ostringstream text;
+  text << "llmkern." << what << ": ";
+  (text << ... << parts);
+  throw Exception(text.str());
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  return text + "]";
+}
+
+inline void check_shape(const char* what, const char* name, const Tensor& tensor,
+                        std::initializer_list<int64_t> shape) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t d = 0;
+  for (int64_t size : shape) same = same && tensor.size(d++) == size;
+  if (same) return;
+  std::string expected;
+  for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  fail(what, "expected ", name, " of shape [", expected, "], got ", shape_text(tensor));
+}
+
+inline void check_dim(const char* what, const char* name, const Tensor& tensor, int64_t dim) {
+  if (tensor.dim() != dim) fail(what, "expected ", name, " of ", dim, " dimensions, got shape ", shape_text(tensor));
+}
+
+inline void check_dtype(const char* what, const char* name, const Tensor& tensor, ScalarType dtype) {
+  if (tensor.scalar_type() != dtype) {
+    fail(what, "expected ", name, " of dtype ", torch::headeronly::toString(dtype), ", got ",
+         torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// The kernels index with plain row-major arithmetic. An expanded gradient (stride 0, from .sum()) is the classic trap.
+inline Tensor row_major(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+
+inline OptionalTensor row_major(const OptionalTensor& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+const T* data(const OptionalTensor& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Calls f(T{}) with the element type of a float32 or float64 tensor.
+template <class F>
+void for_float_dtype(const char* what, const char* name, const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    default:
+      fail(what, "expected ", name, " of dtype float32 or float64, got ",
+           torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+template <class F>
+void for_index_dtype(const char* what, const char* name, const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Int:
+      return f(int32_t{});
+    case ScalarType::Long:
+      return f(int64_t{});
+    default:
+      fail(what, "expected ", name, " of dtype int32 or int64, got ",
+           torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// torch's own pool; never a second one.
+Parallel torch_parallel();
+
+// The current CUDA stream of the tensor's device, as the void* that cuda::run takes.
+void* current_cuda_stream(const Tensor& tensor);
+
+}  // namespace llmkern::ops

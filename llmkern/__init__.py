@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused kernels for recurrent language models in PyTorch.
+
+import llmkern
+
+lstm = llmkern.nn.LSTM(256, 512, num_layers=2)        # instead of torch.nn.LSTM
+output, (h_n, c_n) = lstm(torch.randn(35, 20, 256))   # [T, B, I] -> [T, B, H]
+drawn = llmkern.ops.sample(logits, temperature=0.8, top_p=0.9, seed=1)
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from llmkern import _native
+
+_native.load()
+
+from llmkern import nn, ops  # noqa: E402  (they use the operators that load() registers)
+from llmkern._info import info  # noqa: E402
+
+try:
+    __version__ = version("llmkern")
+except PackageNotFoundError:  # a source tree with the library built in place, never installed
+    __version__ = "0+source"
+
+__all__ = ["__version__", "info", "nn", "ops"]

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks shared by the operators: one form of message, ``llmkern.<op>: expected ..., got ...``."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"llmkern.{op}: expected {name} to be a Tensor, got {type(value).__name__}")
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(
+            f"llmkern.{op}: expected {name} of dtype {dtype_names(dtypes)}, got {dtype_names([tensor.dtype])}"
+        )
+
+
+def check_dim(op: str, name: str, tensor: Tensor, letters: str) -> None:
+    """``letters`` names the expected shape, ``"T, B, I"``."""
+    if tensor.dim() != letters.count(",") + 1:
+        raise ValueError(
+            f"llmkern.{op}: expected {name} of shape [{letters}], got {list(tensor.shape)}"
+        )
+
+
+def check_shape(op: str, name: str, tensor: Tensor, letters: str, shape: Sequence[int]) -> None:
+    """``letters`` names the sizes in ``shape``: ``("4*H, H", [512, 128])``."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"llmkern.{op}: expected {name} of shape [{letters}] = {list(shape)}, got {list(tensor.shape)}"
+        )
+
+
+def check_same_device(op: str, tensors: dict[str, Tensor | None]) -> None:
+    """Every tensor lives where the first one does."""
+    (first, tensor), *others = ((n, t) for n, t in tensors.items() if t is not None)
+    for name, other in others:
+        if other.device != tensor.device:
+            raise ValueError(
+                f"llmkern.{op}: expected every tensor on one device, got {first} on {tensor.device} "
+                f"and {name} on {other.device}"
+            )
+
+
+def check_float_like(op: str, tensors: dict[str, Tensor | None]) -> None:
+    """The first tensor is float32 or float64, and the others share its dtype and device."""
+    (first, tensor), *others = ((n, t) for n, t in tensors.items() if t is not None)
+    check_tensor(op, first, tensor)
+    check_dtype(op, first, tensor, FLOAT_DTYPES)
+    for name, other in others:
+        check_tensor(op, name, other)
+        if other.dtype != tensor.dtype:
+            raise TypeError(
+                f"llmkern.{op}: expected {name} of {first}'s dtype {dtype_names([tensor.dtype])}, "
+                f"got {dtype_names([other.dtype])}"
+            )
+    check_same_device(op, tensors)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for the whole suite: corpora, instruction sets, thread counts, the tolerance table."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmkern
+
+ROOT = Path(__file__).resolve().parent.parent
+ISAS = ("generic", "avx2", "avx512")
+DETECTED = torch.ops.llmkern.cpu_isa_detected()
+
+# The error a result may have against float64, relative to the largest value of the expected result.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real corpora; tests that need one skip where it is absent."""
+    folder = Path(os.environ.get("LLMKERN_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no corpora at {folder}; set LLMKERN_DATA")
+    return folder
+
+
+@pytest.fixture(params=ISAS[: ISAS.index(DETECTED) + 1])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on every build of the CPU kernels that this machine can execute."""
+    before = torch.ops.llmkern.cpu_isa()
+    torch.ops.llmkern.select_cpu_isa(request.param)
+    yield request.param
+    torch.ops.llmkern.select_cpu_isa(before)
+
+
+@pytest.fixture
+def on_threads() -> Iterator:
+    """``on_threads(n, f)`` is f() on n threads."""
+    before = torch.get_num_threads()
+
+    def run(threads: int, f):
+        torch.set_num_threads(threads)
+        return f()
+
+    yield run
+    torch.set_num_threads(before)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
+    """|got - expected| <= tolerance * max |expected|, in float64, with the numbers in the message."""
+    assert got.shape == expected.shape, f"shape {list(got.shape)}, expected {list(expected.shape)}"
+    tolerance = TOLERANCE[got.dtype] if tolerance is None else tolerance
+    got, expected = got.detach().double(), expected.detach().double()
+    assert torch.isfinite(got).all() == torch.isfinite(expected).all()
+    if got.numel() == 0:
+        return
+    error = (got - expected).abs().max().item()
+    scale = max(expected.abs().max().item(), 1e-30)
+    assert error <= tolerance * scale, f"error {error:.3e} over {tolerance:.1e} * {scale:.3e}"
+
+
+assert llmkern.ops  # the suite tests the installed package
