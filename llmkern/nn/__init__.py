@@ -2,5 +2,7 @@
 """Drop-in layers: the constructors, state_dicts, outputs and errors of torch.nn, on llmkern's kernels."""
 
 from llmkern.nn.embedding import Embedding
+from llmkern.nn.linear_cross_entropy import LinearCrossEntropyLoss
+from llmkern.nn.lstm import LSTM, LSTMCell
 
-__all__ = ["Embedding"]
+__all__ = ["LSTM", "Embedding", "LSTMCell", "LinearCrossEntropyLoss"]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functional operators, one file a family: validation, shapes for the compiler, gradients. The math is native."""
 
+from llmkern.ops.cross_entropy import linear_cross_entropy
 from llmkern.ops.embedding import embedding
+from llmkern.ops.lstm import lstm, lstm_cell
 
-__all__ = ["embedding"]
+__all__ = ["embedding", "linear_cross_entropy", "lstm", "lstm_cell"]

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix products, for the shapes and the guarantees that recurrent kernels need.
+//
+//   C[M, N] = A[M, K] B[K, N]  (+ C)      A and B with any strides, C row-major
+//
+// B is copied into panels of kPanel columns, [K, kPanel] each, zero-padded at the right edge; a register tile of up to
+// kTileRows rows by one panel is then one pass over k with kTileRows * kPanel / lanes accumulators.
+//
+// Every element of C is summed over k in the same order (blocks of kBlockK, ascending, one accumulator), whatever the
+// tile, the split over threads or the rows beside it. So results are the same bits on any number of threads, and a row
+// does not depend on the batch it is in.
+#pragma once
+
+#include "kernels/cpu/scratch.h"
+#include "kernels/cpu/simd.h"
+#include "kernels/parallel.h"
+
+namespace llmkern::cpu::LLMKERN_ISA {
+
+// Registers: rows * 2 accumulators, 2 of B, 1 for a broadcast of A; 32 with AVX-512, 16 otherwise.
+constexpr int kTileRows = kVectorBytes == 64 ? 8 : kVectorBytes == 32 ? 6 : 4;
+template <class T>
+constexpr int64_t kPanel = 2 * kLanes<T>;
+constexpr int64_t kBlockK = 256;     // one panel of B, 32 KiB with AVX-512, stays in the first-level cache
+constexpr int64_t kBlockRows = 512;  // rows of A that a panel meets while both are in the second-level cache
+
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t row_stride, column_stride;
+
+  const T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+};
+
+template <class T>
+Matrix<T> row_major(const T* data, int64_t columns) {
+  return {data, columns, 1};
+}
+
+template <class T>
+Matrix<T> transposed(const T* data, int64_t columns) {
+  return {data, 1, columns};
+}
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// panels[(n / kPanel), k, n % kPanel] = B[k, n]; room for round_up(N, kPanel) * K elements.
+template <class T>
+void pack_panels(const Matrix<T>& b, int64_t K, int64_t N, T* panels) {
+  for (int64_t first = 0; first < N; first += kPanel<T>, panels += K * kPanel<T>) {
+    const int64_t width = N - first < kPanel<T> ? N - first : kPanel<T>;
+    if (width < kPanel<T>) memset(panels, 0, static_cast<size_t>(K * kPanel<T>) * sizeof(T));
+    if (b.column_stride == 1) {
+      for (int64_t k = 0; k < K; ++k) {
+        memcpy(panels + k * kPanel<T>, b.at(k, first), static_cast<size_t>(width) * sizeof(T));
+      }
+    } else {
+      for (int64_t n = 0; n < width; ++n) {
+        const T* column = b.at(0, first + n);
+        for (int64_t k = 0; k < K; ++k) panels[k * kPanel<T> + n] = column[k * b.row_stride];
+      }
+    }
+  }
+}
+
+// C[rows, width] = A[rows, K] panel[K, kPanel]  (+ C), all of it in registers.
+template <class T, int rows>
+void multiply_tile(int64_t K, const Matrix<T>& a, const T* panel, T* c, int64_t c_stride, int64_t width,
+                   bool accumulate) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> left[rows] = {}, right[rows] = {};
+  const T* row[rows];
+  for (int i = 0; i < rows; ++i) row[i] = a.at(i, 0);
+  for (int64_t k = 0; k < K; ++k, panel += kPanel<T>) {
+    const Vec<T> b_left = load(panel), b_right = load(panel + lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const Vec<T> x = broadcast(*row[i]);
+      row[i] += a.column_stride;
+      left[i] = fma(x, b_left, left[i]);
+      right[i] = fma(x, b_right, right[i]);
+    }
+  }
+  const int64_t n_left = width < lanes ? width : lanes, n_right = width - n_left;
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i, c += c_stride) {
+    if (width == kPanel<T>) {
+      store(c, accumulate ? load(c) + left[i] : left[i]);
+      store(c + lanes, accumulate ? load(c + lanes) + right[i] : right[i]);
+    } else {
+      store(c, accumulate ? load(c, n_left) + left[i] : left[i], n_left);
+      store(c + n_left, accumulate ? load(c + n_left, n_right) + right[i] : right[i], n_right);
+    }
+  }
+}
+
+template <class T, int rows = kTileRows>
+void multiply_last_tile(int64_t M, int64_t K, const Matrix<T>& a, const T* panel, T* c, int64_t c_stride, int64_t width,
+                        bool accumulate) {
+  if constexpr (rows > 0) {
+    if (M == rows) return multiply_tile<T, rows>(K, a, panel, c, c_stride, width, accumulate);
+    multiply_last_tile<T, rows - 1>(M, K, a, panel, c, c_stride, width, accumulate);
+  }
+}
+
+// C[M, width] = A[M, K] panel[K, kPanel]  (+ C)
+template <class T>
+void multiply_panel(int64_t M, int64_t K, Matrix<T> a, const T* panel, T* c, int64_t c_stride, int64_t width,
+                    bool accumulate) {
+  for (; M >= kTileRows; M -= kTileRows, a.data += kTileRows * a.row_stride, c += kTileRows * c_stride) {
+    multiply_tile<T, kTileRows>(K, a, panel, c, c_stride, width, accumulate);
+  }
+  multiply_last_tile<T>(M, K, a, panel, c, c_stride, width, accumulate);
+}
+
+// A block of A whose rows do not lie in memory as tiles walk them, copied so that they do.
+template <class T>
+Matrix<T> pack_rows(const Matrix<T>& a, int64_t M, int64_t K) {
+  if (a.column_stride == 1) return a;
+  T* packed = scratch<T>(Slot::kPackedA, M * K);
+  for (int64_t first = 0; first < M; first += kLanes<T>) {
+    const int64_t last = first + kLanes<T> < M ? first + kLanes<T> : M;
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t m = first; m < last; ++m) packed[m * K + k] = *a.at(m, k);
+    }
+  }
+  return row_major<T>(packed, K);
+}
+
+template <class T>
+void gemm_serial(int64_t M, int64_t N, int64_t K, const Matrix<T>& a, const Matrix<T>& b, T* c, int64_t c_stride,
+                 bool accumulate) {
+  for (int64_t k = 0; k < K; k += kBlockK) {
+    const int64_t depth = K - k < kBlockK ? K - k : kBlockK;
+    for (int64_t m = 0; m < M; m += kBlockRows) {
+      const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
+      const Matrix<T> a_block = pack_rows(Matrix<T>{a.at(m, k), a.row_stride, a.column_stride}, rows, depth);
+      T* panel = scratch<T>(Slot::kPackedB, depth * kPanel<T>);
+      for (int64_t n = 0; n < N; n += kPanel<T>) {
+        const int64_t width = N - n < kPanel<T> ? N - n : kPanel<T>;
+        pack_panels(Matrix<T>{b.at(k, n), b.row_stride, b.column_stride}, depth, width, panel);
+        multiply_panel(rows, depth, a_block, panel, c + m * c_stride + n, c_stride, width, accumulate || k > 0);
+      }
+    }
+  }
+}
+
+// C[M, N] = A[M, K] B[K, N]  (+ C)
+template <class T>
+void gemm(int64_t M, int64_t N, int64_t K, const Matrix<T>& a, const Matrix<T>& b, T* c, int64_t c_stride,
+          bool accumulate, const Parallel& parallel) {
+  if (K == 0 && !accumulate) {
+    for (int64_t m = 0; m < M; ++m) memset(c + m * c_stride, 0, static_cast<size_t>(N) * sizeof(T));
+  }
+  const int64_t panels = (N + kPanel<T> - 1) / kPanel<T>, tiles = (M + kTileRows - 1) / kTileRows;
+  // About 20 us of work: less is not worth waking a thread for.
+  const int64_t tile_cost = K * kTileRows * kPanel<T> + 1, grain = (int64_t{1} << 20) / tile_cost + 1;
+  if (panels >= 2 * parallel.threads() || panels >= tiles) {
+    parallel(panels, grain / tiles + 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kPanel<T>, last = end * kPanel<T> < N ? end * kPanel<T> : N;
+      gemm_serial(M, last - first, K, a, Matrix<T>{b.at(0, first), b.row_stride, b.column_stride}, c + first, c_stride,
+                  accumulate);
+    });
+  } else {
+    parallel(tiles, grain / panels + 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kTileRows, last = end * kTileRows < M ? end * kTileRows : M;
+      gemm_serial(last - first, N, K, Matrix<T>{a.at(first, 0), a.row_stride, a.column_stride}, b, c + first * c_stride,
+                  c_stride, accumulate);
+    });
+  }
+}
+
+// sums[n] = sum over m of A[m, n]  (+ sums), A [M, N] row-major. Blocks of rows are summed on their own, so that the
+// rounding error grows with the block and with the number of blocks, not with M.
+template <class T>
+void sum_rows(int64_t M, int64_t N, const T* a, T* sums, bool accumulate, const Parallel& parallel) {
+  constexpr int64_t kBlock = 64;
+  const int64_t panels = (N + kPanel<T> - 1) / kPanel<T>;
+  parallel(panels, (1 << 17) / (M * kPanel<T> + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p * kPanel<T>, width = N - first < kPanel<T> ? N - first : kPanel<T>;
+      T total[kPanel<T>] = {};
+      for (int64_t m = 0; m < M; m += kBlock) {
+        T block[kPanel<T>] = {};
+        for (int64_t i = m; i < M && i < m + kBlock; ++i) {
+          for (int64_t n = 0; n < width; ++n) block[n] += a[i * N + first + n];
+        }
+        for (int64_t n = 0; n < width; ++n) total[n] += block[n];
+      }
+      for (int64_t n = 0; n < width; ++n) sums[first + n] = accumulate ? sums[first + n] + total[n] : total[n];
+    }
+  });
+}
+
+}  // namespace llmkern::cpu::LLMKERN_ISA

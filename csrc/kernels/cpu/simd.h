@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of the instruction set that this file is being compiled for, and the functions of an LSTM cell on them.
+//
+// Vec<T> is a GCC/Clang vector type: +, -, *, /, comparisons and ?: work as on numbers. Everything here lives in the
+// namespace of one instruction set, so that the builds share no symbol.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef LLMKERN_X86
+#include <immintrin.h>
+#endif
+
+namespace llmkern::cpu::LLMKERN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef float FloatVec __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleVec __attribute__((vector_size(kVectorBytes)));
+typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = FloatVec;
+};
+template <>
+struct VecOf<double> {
+  using type = DoubleVec;
+};
+
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* from) {
+  Vec<T> v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store(T* to, Vec<T> v) {
+  memcpy(to, &v, sizeof v);
+}
+
+// The first `count` lanes, at most all; the others read as zero and are not written.
+template <class T>
+inline Vec<T> load(const T* from, int64_t count) {
+  if (count == kLanes<T>) return load(from);
+  Vec<T> v = {};
+  memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store(T* to, Vec<T> v, int64_t count) {
+  if (count == kLanes<T>) return store(to, v);
+  memcpy(to, &v, static_cast<size_t>(count) * sizeof(T));
+}
+
+// Calls f(column, count) on every vector of [begin, end); the last may be shorter than a vector.
+template <class T, class F>
+inline void for_lanes(int64_t begin, int64_t end, const F& f) {
+  for (int64_t j = begin; j < end; j += kLanes<T>) f(j, end - j < kLanes<T> ? end - j : kLanes<T>);
+}
+
+template <class T>
+inline Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // x + 0 would lose the sign of -0
+}
+
+// a * b + c, fused where the instruction set can. The generic build rounds twice.
+inline FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class V>
+inline V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class V>
+inline V min(V a, V b) {
+  return a < b ? a : b;
+}
+
+// The lanes are added in a fixed tree, so the sum is the same on every run.
+template <class T>
+inline T sum(Vec<T> v) {
+  T lanes[kLanes<T>];
+  memcpy(lanes, &v, sizeof lanes);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+template <class T>
+inline T maximum(Vec<T> v) {
+  T best = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// exp(x) to about one unit in the last place for |x| <= 87; beyond, the value at 87: far from where it matters to a
+// gate or a softmax. exp(x) = 2^n exp(r), ln 2 split in two (Cody & Waite 1980), exp(r) by its Taylor polynomial.
+inline FloatVec exp(FloatVec x) {
+  x = min(max(x, broadcast(-87.0f)), broadcast(87.0f));
+  const FloatVec round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const FloatVec n = fma(x, broadcast(1.44269504f), round) - round;
+  FloatVec r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  FloatVec p = broadcast(1.0f / 5040.0f);
+  constexpr float kTaylor[] = {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f};
+  for (float coefficient : kTaylor) p = fma(p, r, broadcast(coefficient));
+  const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  FloatVec power;
+  memcpy(&power, &exponent, sizeof power);
+  return p * power;
+}
+
+// float64 exists for gradient checks and references: libm, lane by lane.
+inline DoubleVec exp(DoubleVec x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
+  return x;
+}
+
+template <class V>
+inline V sigmoid(V x) {
+  return 1 / (1 + exp(-x));
+}
+
+// tanh(x): an odd polynomial below 0.625, where 1 - 2 / (exp(2x) + 1) would cancel (coefficients: Cephes, Moshier
+// 1992).
+inline FloatVec tanh(FloatVec x) {
+  const FloatVec z = x * x;
+  FloatVec p = broadcast(-5.70498872745e-3f);
+  constexpr float kOdd[] = {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f};
+  for (float coefficient : kOdd) p = fma(p, z, broadcast(coefficient));
+  const FloatVec small = fma(p * z, x, x);
+  const FloatVec magnitude = x < 0 ? -x : x;
+  const FloatVec large = 1 - 2 / (exp(2 * magnitude) + 1);
+  return magnitude < 0.625f ? small : (x < 0 ? -large : large);
+}
+
+inline DoubleVec tanh(DoubleVec x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::tanh(x[i]);
+  return x;
+}
+
+}  // namespace llmkern::cpu::LLMKERN_ISA

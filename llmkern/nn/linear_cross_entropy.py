@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in for torch.nn.LinearCrossEntropyLoss."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmkern import ops
+
+# torch has the class from 2.13 on; before that there is nothing to be a subclass of.
+_Base: Any = getattr(nn, "LinearCrossEntropyLoss", nn.Module)
+
+
+class LinearCrossEntropyLoss(_Base):
+    """A linear layer and the cross entropy of its logits, which are never stored as a whole.
+
+    Args:
+        in_features: D. num_classes: V.
+        bias: whether the linear layer has a bias.
+        device, dtype: of the parameters: CPU, float32 or float64.
+        reduction, weight, ignore_index, label_smoothing: see :func:`llmkern.ops.linear_cross_entropy`.
+
+    Shapes:
+        input [..., D], target [...]; the loss is a scalar, or of target's shape for reduction "none".
+        Parameters: ``linear.weight`` [V, D], ``linear.bias`` [V].
+
+    Example:
+        >>> loss = llmkern.nn.LinearCrossEntropyLoss(512, 10000)
+        >>> loss(torch.randn(700, 512), torch.randint(10000, (700,))).backward()
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        nn.Module.__init__(self)
+        if weight is not None and tuple(weight.shape) != (num_classes,):
+            raise ValueError(
+                f"llmkern.LinearCrossEntropyLoss: expected weight of shape [{num_classes}], "
+                f"got {list(weight.shape)}"
+            )
+        self.register_buffer("weight", weight)
+        self.num_classes, self.reduction, self.out_features = num_classes, reduction, ()
+        self.ignore_index, self.label_smoothing, self.options = ignore_index, label_smoothing, None
+        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )

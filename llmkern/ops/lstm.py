@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LSTM layer and cell (Hochreiter & Schmidhuber 1997, forget gate of Gers et al. 2000); gates in torch's order i, f, g, o.
+
+i, f, o = sigmoid(...)   g = tanh(...)   of   W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+c_t = f * c_{t-1} + i * g
+h_t = o * tanh(c_t)
+"""
+
+import torch
+from torch import Tensor
+
+from llmkern.ops import _checks
+
+
+def lstm(
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs one LSTM layer in one direction over all steps.
+
+    Args:
+        input: [T, B, I], float32 or float64, T at least 1.
+        h_0, c_0: initial states, [B, H].
+        weight_ih: [4*H, I], gates i, f, g, o. weight_hh: [4*H, H].
+        bias_ih, bias_hh: [4*H], both or neither.
+        reverse: run from the last step to the first; outputs stay at the step of their input.
+
+    Returns:
+        output [T, B, H], and the states after the last step that ran: h_n [B, H], c_n [B, H].
+
+    Raises:
+        TypeError: an argument is no tensor, or its dtype is another one.
+        ValueError: a shape or a device does not fit.
+
+    Example:
+        >>> x, state = torch.randn(35, 20, 256), torch.zeros(20, 512)
+        >>> w_ih, w_hh = torch.randn(2048, 256) / 16, torch.randn(2048, 512) / 23
+        >>> output, h_n, c_n = llmkern.ops.lstm(x, state, state, w_ih, w_hh)
+    """
+    _validate("lstm", input, "T, B, I", h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    output, h_n, c_n, _, _ = torch.ops.llmkern.lstm.default(
+        input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse
+    )
+    return output, h_n, c_n
+
+
+def lstm_cell(
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of :func:`lstm`: input [B, I] and states [B, H] to the next states h_1, c_1 [B, H]."""
+    _validate("lstm_cell", input, "B, I", h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    _, h_1, c_1, _, _ = torch.ops.llmkern.lstm.default(
+        input.unsqueeze(0), h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, False
+    )
+    return h_1, c_1
+
+
+def _validate(
+    op: str,
+    input: Tensor,
+    input_letters: str,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> None:
+    required: dict[str, Tensor | None] = {"input": input, "h_0": h_0, "c_0": c_0}
+    required |= {"weight_ih": weight_ih, "weight_hh": weight_hh}
+    for name, tensor in required.items():
+        _checks.check_tensor(op, name, tensor)
+    _checks.check_float_like(op, {**required, "bias_ih": bias_ih, "bias_hh": bias_hh})
+    _checks.check_dim(op, "input", input, input_letters)
+    _checks.check_dim(op, "weight_hh", weight_hh, "4*H, H")
+    B, I, H = input.shape[-2], input.shape[-1], weight_hh.shape[1]  # noqa: E741
+    _checks.check_shape(op, "weight_hh", weight_hh, "4*H, H", [4 * H, H])
+    _checks.check_shape(op, "weight_ih", weight_ih, "4*H, I", [4 * H, I])
+    _checks.check_shape(op, "h_0", h_0, "B, H", [B, H])
+    _checks.check_shape(op, "c_0", c_0, "B, H", [B, H])
+    if (bias_ih is None) != (bias_hh is None):
+        raise ValueError(f"llmkern.{op}: expected both bias_ih and bias_hh or neither, got one")
+    for name, bias in (("bias_ih", bias_ih), ("bias_hh", bias_hh)):
+        if bias is not None:
+            _checks.check_shape(op, name, bias, "4*H", [4 * H])
+    if input.dim() == 3 and input.shape[0] == 0:
+        raise ValueError(
+            f"llmkern.{op}: expected at least one time step, got input of shape {list(input.shape)}"
+        )
+
+
+@torch.library.register_fake("llmkern::lstm")
+def _lstm_fake(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse):  # type: ignore[no-untyped-def]
+    T, B, _ = input.shape
+    H = weight_hh.shape[1]
+    step, state = input.new_empty(T, B, H), input.new_empty(B, H)
+    return (
+        step,
+        state,
+        torch.empty_like(state),
+        torch.empty_like(step),
+        input.new_empty(T, B, 4 * H),
+    )
+
+
+@torch.library.register_fake("llmkern::lstm_backward")
+def _lstm_backward_fake(  # type: ignore[no-untyped-def]
+    grad_output,
+    grad_h_n,
+    grad_c_n,
+    input,
+    h_0,
+    c_0,
+    weight_ih,
+    weight_hh,
+    output,
+    cells,
+    gates,
+    reverse,
+):
+    dense = [input.new_empty(t.shape) for t in (input, h_0, c_0, weight_ih, weight_hh)]
+    return *dense, input.new_empty(weight_hh.shape[0])
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    input, h_0, c_0, weight_ih, weight_hh, bias_ih, _, ctx.reverse = inputs
+    step_output, _, _, cells, gates = output
+    ctx.has_bias = bias_ih is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(cells, gates)
+    ctx.save_for_backward(input, h_0, c_0, weight_ih, weight_hh, step_output, cells, gates)
+
+
+def _backward(ctx, grad_output, grad_h_n, grad_c_n, _cells, _gates):  # type: ignore[no-untyped-def]
+    *grads, grad_bias = torch.ops.llmkern.lstm_backward.default(
+        grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors, ctx.reverse
+    )
+    if not ctx.has_bias:
+        return *grads, None, None, None
+    # Two tensors: autograd may add into a gradient in place.
+    return *grads, grad_bias, grad_bias.clone(), None
+
+
+def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "llmkern.lstm: expected a single backward pass, got a request for second derivatives; "
+        "use torch.nn.LSTM where they are needed"
+    )
+
+
+torch.library.register_autograd("llmkern::lstm", _backward, setup_context=_save_for_backward)
+torch.library.register_autograd("llmkern::lstm_backward", _refuse_double_backward)
