@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LSTM layer and cell (Hochreiter & Schmidhuber 1997, forget gate of Gers et al. 2000); gates in torch's order i, f, g, o.
+"""LSTM layer and cell (Hochreiter & Schmidhuber 1997, forget gate of Gers et al. 2000); gates in order i, f, g, o.
 
 i, f, o = sigmoid(...)   g = tanh(...)   of   W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
 c_t = f * c_{t-1} + i * g

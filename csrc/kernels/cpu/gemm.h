@@ -103,28 +103,50 @@ void multiply_last_tile(int64_t M, int64_t K, const Matrix<T>& a, const T* panel
   }
 }
 
-// C[M, width] = A[M, K] panel[K, kPanel]  (+ C)
+// A block of A, walked one register tile of rows after another.
 template <class T>
-void multiply_panel(int64_t M, int64_t K, Matrix<T> a, const T* panel, T* c, int64_t c_stride, int64_t width,
-                    bool accumulate) {
-  for (; M >= kTileRows; M -= kTileRows, a.data += kTileRows * a.row_stride, c += kTileRows * c_stride) {
-    multiply_tile<T, kTileRows>(K, a, panel, c, c_stride, width, accumulate);
-  }
-  multiply_last_tile<T>(M, K, a, panel, c, c_stride, width, accumulate);
+struct RowTiles {
+  Matrix<T> first;
+  int64_t tile_stride;
+};
+
+template <class T>
+RowTiles<T> in_place(const Matrix<T>& a) {
+  return {a, kTileRows * a.row_stride};
 }
 
-// A block of A whose rows do not lie in memory as tiles walk them, copied so that they do.
+// A transposed block copied tile by tile, [tiles, K, kTileRows], because a walk down its columns would touch a new page
+// at every step. A few tiles are filled side by side: that reads whole cache lines.
 template <class T>
-Matrix<T> pack_rows(const Matrix<T>& a, int64_t M, int64_t K) {
-  if (a.column_stride == 1) return a;
-  T* packed = scratch<T>(Slot::kPackedA, M * K);
-  for (int64_t first = 0; first < M; first += kLanes<T>) {
-    const int64_t last = first + kLanes<T> < M ? first + kLanes<T> : M;
+RowTiles<T> pack_tiles(const Matrix<T>& a, int64_t M, int64_t K) {
+  if (a.column_stride == 1) return in_place(a);
+  constexpr int64_t kSideBySide = 8 * kTileRows;
+  T* packed = scratch<T>(Slot::kPackedA, round_up(M, kTileRows) * K);
+  for (int64_t first = 0; first < M; first += kSideBySide) {
+    const int64_t last = first + kSideBySide < M ? first + kSideBySide : M;
     for (int64_t k = 0; k < K; ++k) {
-      for (int64_t m = first; m < last; ++m) packed[m * K + k] = *a.at(m, k);
+      for (int64_t m = first; m < last; m += kTileRows) {
+        const int64_t rows = last - m < kTileRows ? last - m : kTileRows;
+        T* to = packed + m * K + k * kTileRows;
+        if (rows == kTileRows && a.row_stride == 1) {
+          memcpy(to, a.at(m, k), kTileRows * sizeof(T));
+        } else {
+          for (int64_t i = 0; i < rows; ++i) to[i] = *a.at(m + i, k);
+        }
+      }
     }
   }
-  return row_major<T>(packed, K);
+  return {{packed, 1, kTileRows}, kTileRows * K};
+}
+
+// C[M, width] = A[M, K] panel[K, kPanel]  (+ C)
+template <class T>
+void multiply_panel(int64_t M, int64_t K, RowTiles<T> a, const T* panel, T* c, int64_t c_stride, int64_t width,
+                    bool accumulate) {
+  for (; M >= kTileRows; M -= kTileRows, a.first.data += a.tile_stride, c += kTileRows * c_stride) {
+    multiply_tile<T, kTileRows>(K, a.first, panel, c, c_stride, width, accumulate);
+  }
+  multiply_last_tile<T>(M, K, a.first, panel, c, c_stride, width, accumulate);
 }
 
 template <class T>
@@ -134,7 +156,7 @@ void gemm_serial(int64_t M, int64_t N, int64_t K, const Matrix<T>& a, const Matr
     const int64_t depth = K - k < kBlockK ? K - k : kBlockK;
     for (int64_t m = 0; m < M; m += kBlockRows) {
       const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
-      const Matrix<T> a_block = pack_rows(Matrix<T>{a.at(m, k), a.row_stride, a.column_stride}, rows, depth);
+      const RowTiles<T> a_block = pack_tiles(Matrix<T>{a.at(m, k), a.row_stride, a.column_stride}, rows, depth);
       T* panel = scratch<T>(Slot::kPackedB, depth * kPanel<T>);
       for (int64_t n = 0; n < N; n += kPanel<T>) {
         const int64_t width = N - n < kPanel<T> ? N - n : kPanel<T>;
@@ -174,14 +196,13 @@ void gemm(int64_t M, int64_t N, int64_t K, const Matrix<T>& a, const Matrix<T>& 
 // rounding error grows with the block and with the number of blocks, not with M.
 template <class T>
 void sum_rows(int64_t M, int64_t N, const T* a, T* sums, bool accumulate, const Parallel& parallel) {
-  constexpr int64_t kBlock = 64;
-  const int64_t panels = (N + kPanel<T> - 1) / kPanel<T>;
-  parallel(panels, (1 << 17) / (M * kPanel<T> + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t first = p * kPanel<T>, width = N - first < kPanel<T> ? N - first : kPanel<T>;
-      T total[kPanel<T>] = {};
+  constexpr int64_t kBlock = 64, kColumns = 256;  // columns: whole cache lines of a row, and sums that stay in reach
+  parallel((N + kColumns - 1) / kColumns, (1 << 17) / (M * kColumns + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kColumns; first < N && first < end * kColumns; first += kColumns) {
+      const int64_t width = N - first < kColumns ? N - first : kColumns;
+      T total[kColumns] = {};
       for (int64_t m = 0; m < M; m += kBlock) {
-        T block[kPanel<T>] = {};
+        T block[kColumns] = {};
         for (int64_t i = m; i < M && i < m + kBlock; ++i) {
           for (int64_t n = 0; n < width; ++n) block[n] += a[i * N + first + n];
         }
