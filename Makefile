@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 # One architecture keeps the tests' build short. A wheel gets all of them: see setup.py.
 export TORCH_CUDA_ARCH_LIST ?= 9.0a
 export MAX_JOBS ?= $(shell nproc)
+# Warnings are errors in our own code.
+export LLMKERN_STRICT ?= 1
 
 NATIVE_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
