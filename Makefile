@@ -11,9 +11,10 @@ export LLMKERN_STRICT ?= 1
 
 NATIVE_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help build test bench lint format asan clean
+.PHONY: help build demo test bench lint format asan clean
 
 help:
+	@echo "make demo    environment, build, train the founding example, continue 今天天气非常好"
 	@echo "make test    environment, build, lint, the whole suite"
 	@echo "make bench   the benchmarks; results as JSON under benchmarks/results/local"
 	@echo "make lint | format | asan | clean"
@@ -32,6 +33,12 @@ $(VENV)/.built: $(VENV)/.tools $(NATIVE_SOURCES)
 	touch $@
 
 build: $(VENV)/.built
+
+# The project's own sentences, all of them for training: what it writes should read well, not be measured.
+demo: build
+	$(BIN)/llmkern train examples/weather_zh.txt --output runs/demo --preset founding --batch-size 16 --epochs 16 \
+	    --valid-fraction 0 --overwrite
+	$(BIN)/llmkern generate runs/demo --prompt 今天天气非常好 --max-new-tokens 80 --temperature 0.5 --seed 1
 
 test: build lint
 	$(BIN)/python -m pytest

@@ -73,7 +73,7 @@ ARCHITECTURE_NEEDS = {"9.0a": 12.0, "10.0": 12.8, "12.0": 12.8}  # first nvcc th
 
 
 def architectures():
-    """ "8.0;9.0a;12.0+PTX": what TORCH_CUDA_ARCH_LIST asks for, else everything this nvcc knows."""
+    """As in "8.0;9.0a;12.0+PTX": what TORCH_CUDA_ARCH_LIST asks for, else everything this nvcc knows."""
     version = float(CUDA[1])
     known = [a for a in ARCHITECTURES if version >= ARCHITECTURE_NEEDS.get(a, 0)]
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(known) + "+PTX"
@@ -82,6 +82,10 @@ def architectures():
 def architecture_flags():
     flags = []
     for wanted in re.split(r"[; ]+", architectures().strip()):
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", wanted):
+            raise SystemExit(
+                f"llmkern: expected TORCH_CUDA_ARCH_LIST like '8.0;9.0a;12.0+PTX', got {wanted!r}"
+            )
         number = wanted.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if wanted.endswith("+PTX"):
@@ -94,20 +98,15 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 CPU_BUILDS = {"generic": []}
 if X86:
     CPU_BUILDS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
-    CPU_BUILDS["avx512"] = [
-        *CPU_BUILDS["avx2"],
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mprefer-vector-width=512",
-    ]
+    CPU_BUILDS["avx512"] = [*CPU_BUILDS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl"]
+    CPU_BUILDS["avx512"] += ["-mavx512dq", "-mprefer-vector-width=512"]
 
 DEBUG = os.environ.get("DEBUG") == "1"
 # Developers and CI get warnings as errors; a user's newer compiler may warn about what nobody has seen yet.
 STRICT = os.environ.get("LLMKERN_STRICT") == "1"
 # -ffp-contract=off: a fused multiply-add happens where the source says so and nowhere else, on every instruction set.
-CXX_FLAGS = "-std=c++20 -Wall -Wextra -fvisibility=hidden -ffp-contract=off -fno-math-errno".split()
+CXX_FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden"]
+CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
 CXX_FLAGS += ["-O0", "-g"] if DEBUG else ["-O3"]
 CXX_FLAGS += ["-Werror"] if STRICT else []
 CXX_FLAGS += ["-DLLMKERN_X86"] if X86 else []

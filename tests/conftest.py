@@ -67,4 +67,17 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float | N
     assert error <= tolerance * scale, f"error {error:.3e} over {tolerance:.1e} * {scale:.3e}"
 
 
+def assert_no_less_accurate(
+    name: str, got: torch.Tensor, torchs: torch.Tensor, truth: torch.Tensor
+) -> None:
+    """The root mean square error of ours against float64 is at most that of torch, and two roundings of a float32.
+
+    The largest error would be a matter of luck: which of two random walks has the farther outlier.
+    """
+    scale = truth.square().mean().sqrt().item()
+    ours, others = ((t.double() - truth).square().mean().sqrt().item() for t in (got, torchs))
+    slack = 2**-23 * scale
+    assert ours <= others + slack, f"{name}: error {ours:.3e}, torch's {others:.3e} + {slack:.1e}"
+
+
 assert llmkern.ops  # the suite tests the installed package

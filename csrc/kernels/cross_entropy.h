@@ -14,8 +14,9 @@
 // with s_n the gradient of the result with respect to loss_n; then dx = dl W, dW = dl^T x, db = sum of dl.
 //
 // x [N, D], weight [V, D], bias and class_weight [V], target and lse [N]. Saved: lse and total_weight; the backward
-// pass computes each chunk of logits again, because storing them costs more memory than the whole model. Targets must
-// be in [0, V) or ignore_index; the binding checks it.
+// pass computes each chunk of logits again, because storing them costs more memory than the whole model. lse is float64
+// in every mode: rounded to float32, one of 1e4 would be off by up to 5e-4, and with it every probability of the row.
+// Targets must be in [0, V) or ignore_index; the binding checks it.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,7 @@ struct CrossEntropyForward {
   const int64_t* target;
   T* workspace;     // [chunk_rows, V]
   T* loss;          // [N] for kNone, else [1]
-  T* lse;           // [N]
+  double* lse;      // [N]
   T* total_weight;  // [1]
   int64_t N, D, V, chunk_rows, ignore_index;
   double label_smoothing;
@@ -42,7 +43,8 @@ struct CrossEntropyBackward {
   const T* grad_loss;  // [N] for kNone, else [1]
   const T *input, *weight, *bias, *class_weight;
   const int64_t* target;
-  const T *lse, *total_weight;
+  const double* lse;
+  const T* total_weight;
   T* workspace;    // [chunk_rows, V]
   T* grad_input;   // [N, D]
   T* grad_weight;  // [V, D]

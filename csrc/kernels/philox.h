@@ -20,17 +20,22 @@ struct Philox {
   uint32_t words[4];
 };
 
-LLMKERN_HOST_DEVICE inline Philox philox(uint64_t seed, Purpose purpose, uint64_t index) {
-  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-  Philox c = {{static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), static_cast<uint32_t>(purpose), 0}};
+// The generator itself: a keyed permutation of 128 bits.
+LLMKERN_HOST_DEVICE inline Philox philox(uint64_t key, Philox c) {
+  uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t{0xD2511F53} * c.words[0], b = uint64_t{0xCD9E8D57} * c.words[2];
-    c = {{static_cast<uint32_t>(b >> 32) ^ c.words[1] ^ key[0], static_cast<uint32_t>(b),
-          static_cast<uint32_t>(a >> 32) ^ c.words[3] ^ key[1], static_cast<uint32_t>(a)}};
-    key[0] += 0x9E3779B9;
-    key[1] += 0xBB67AE85;
+    c = {{static_cast<uint32_t>(b >> 32) ^ c.words[1] ^ low, static_cast<uint32_t>(b),
+          static_cast<uint32_t>(a >> 32) ^ c.words[3] ^ high, static_cast<uint32_t>(a)}};
+    low += 0x9E3779B9;
+    high += 0xBB67AE85;
   }
   return c;
+}
+
+LLMKERN_HOST_DEVICE inline Philox philox(uint64_t seed, Purpose purpose, uint64_t index) {
+  return philox(seed, Philox{{static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32),
+                              static_cast<uint32_t>(purpose), 0}});
 }
 
 LLMKERN_HOST_DEVICE inline uint64_t philox_u64(uint64_t seed, Purpose purpose, uint64_t index) {

@@ -5,32 +5,35 @@
 // position alone. With logits [B, V] (float32) the steps are, in float32 with one rounding an operation:
 //
 //   1. y_v = logits[b, v] + bias[v];  y_v = -inf where allowed[v] is 0.
-//      For each distinct v among prompt_ids[b] and output_ids[b] (ids outside [0, V) are padding):
+//      For each distinct v among prompt_ids[b] and output_ids[b] (ids outside [0, V) are padding) with y_v > -inf or
+//      NaN:
 //        y_v = y_v > 0 ? y_v / repetition : y_v * repetition        (Keskar et al. 2019), and, with
 //        c = occurrences of v in output_ids[b], if c > 0:
 //        y_v = (y_v - frequency * c) - presence
-//   2. z_v = y_v * (1 / temperature); the inverse is rounded to float32 and at most FLT_MAX. m = max z.
-//      temperature 0 means temperature 1 and top_k 1: the first token of the order below.
-//      A NaN among the z, or m = -inf, makes the row invalid: token -1, logprobs and entropy NaN, counts 0.
-//   3. d_v = z_v == m ? 0 : z_v - m;  mass(v) = exp_mass(d_v) (arithmetic.h), an integer in [0, 2^40].
+//   2. z_v = min(y_v * (1 / temperature), FLT_MAX); the inverse is taken in float64, rounded to float32 and at least
+//      FLT_MIN. So +inf counts as FLT_MAX and -inf stays; -0 equals 0. m = max z.
+//      Temperature 0, and any below kGreedyTemperature (whose inverse might overflow), means temperature 1 and top_k 1:
+//      the first token of the order below.
+//      A NaN among the z, or m = -inf, makes the row invalid: token -1, logprobs and entropy NaN, counts 0, top ids -1.
+//   3. d_v = z_v - m;  mass(v) = exp_mass(d_v), an integer in [0, 2^40] (this and the other primitives: arithmetic.h).
 //   4. Tokens with z = -inf are never kept. "The order" is z descending, then id ascending.
 //        top_k      (k > 0) keeps the first k of the order;
-//        top_p      (p < 1) keeps, of those, the shortest prefix of the order with mass >= ceil(p * their mass);
-//        min_p      (> 0) keeps, of those, tokens with mass >= ceil(min_p * 2^40);
+//        top_p      (p < 1) keeps, of those, the shortest prefix of the order with mass >= fraction_of_mass(p, theirs);
+//        min_p      (> 0) keeps, of those, tokens with mass >= fraction_of_mass(min_p, 2^40);
 //        typical_p  (< 1; Meister et al. 2022) orders what is left by deviation ascending, then id ascending, where
-//                   x_v = (double)(-d_v), deviation = (float)|x_v - S / M|, M = sum mass, S = sum round(mass * x),
-//                   and keeps the shortest prefix with mass >= ceil(typical_p * M).
-//      Fractions are taken as floor(p * 2^62) / 2^62 and products are exact (128-bit). This is the order of Hugging
-//      Face.
+//                   deviation = (float)|-d_v - S / M| in float64, M = sum mass, S = sum weighted_mass,
+//                   and keeps the shortest prefix with mass >= fraction_of_mass(typical_p, M).
+//      fraction_of_mass(p, mass) is max(1, ceil(p * mass)), exactly, with p truncated to a multiple of 2^-62. This is
+//      the order of Hugging Face.
 //   5. u = philox_u64(seed, kSample, position); target = floor(u * M / 2^64), M the mass of all kept tokens;
 //      the token is the first kept id, ascending, whose running kept mass exceeds target.
 //
 // Out, for every row: the token; logprob = d - log_mass(sum of all masses) before filtering; filtered_logprob with the
 // kept mass instead; rank, the number of tokens before it in the order; num_kept; entropy of the unfiltered
-// distribution, log_mass(M0) + (sum round(mass * x)) / M0; the first num_logprobs of the order with their logprobs
+// distribution, log_mass(M0) + S0 / M0 over all tokens; the first num_logprobs of the order with their logprobs
 // (-1 and -inf beyond the last token that is not -inf). Logprobs are computed in float64 and rounded once.
 //
-// V < 2^23, so that no sum of masses leaves 64 bits.
+// V < 2^23, so that no sum of masses leaves 63 bits.
 #pragma once
 
 #include <cstdint>
@@ -39,18 +42,19 @@
 
 namespace llmkern {
 
-constexpr int64_t kMaxSampleVocabulary = int64_t{1} << 23;
+constexpr int64_t kMaxSampleVocabulary = int64_t{1} << 23;  // V is below it
+constexpr double kGreedyTemperature = 0x1p-100;
 
-// The settings of a row, as they come from Python. Ranges are checked there.
+// The settings of a row, as they come from Python. Ranges are checked by the binding.
 struct SampleSettings {
-  double temperature;         // >= 0
+  double temperature;         // [0, inf)
   double top_k;               // a whole number; 0 keeps all
   double top_p;               // (0, 1]
   double min_p;               // [0, 1]
   double typical_p;           // (0, 1]
-  double repetition_penalty;  // > 0
-  double presence_penalty;
-  double frequency_penalty;
+  double repetition_penalty;  // (0, FLT_MAX]
+  double presence_penalty;    // [-FLT_MAX, FLT_MAX]
+  double frequency_penalty;   // [-FLT_MAX, FLT_MAX]
 };
 constexpr int64_t kSampleSettings = sizeof(SampleSettings) / sizeof(double);
 

@@ -18,7 +18,8 @@ struct Sizes {
 };
 
 Sizes check_arguments(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
-                      const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index) {
+                      const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
+                      double label_smoothing) {
   check_dim(kName, "input", input, 2);
   check_dim(kName, "weight", weight, 2);
   const Sizes n = {input.size(0), input.size(1), weight.size(0)};
@@ -33,12 +34,15 @@ Sizes check_arguments(const Tensor& input, const Tensor& weight, const OptionalT
   check_shape(kName, "target", target, {n.N});
   check_dtype(kName, "target", target, ScalarType::Long);
   if (reduction < 0 || reduction > 2) fail(kName, "expected reduction 0, 1 or 2, got ", reduction);
+  if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
+    fail(kName, "expected label_smoothing in [0, 1], got ", label_smoothing);
+  }
   const Tensor targets = row_major(target);
   const int64_t* y = data<int64_t>(targets);
   for (int64_t i = 0; i < n.N; ++i) {
     if (y[i] == ignore_index || (y[i] >= 0 && y[i] < n.V)) continue;
     fail<std::out_of_range>(kName, "expected targets in [0, ", n.V, ") or ", ignore_index, ", got ", y[i],
-                            " at position ", i);
+                            " at position ", i, " of the flattened targets");
   }
   return n;
 }
@@ -47,19 +51,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_cpu(const Tensor& input_
                                                             const OptionalTensor& bias_any, const Tensor& target_any,
                                                             const OptionalTensor& class_weight_any, int64_t reduction,
                                                             int64_t ignore_index, double label_smoothing) {
-  const Sizes n =
-      check_arguments(input_any, weight_any, bias_any, target_any, class_weight_any, reduction, ignore_index);
+  const Sizes n = check_arguments(input_any, weight_any, bias_any, target_any, class_weight_any, reduction,
+                                  ignore_index, label_smoothing);
   const Tensor input = row_major(input_any), weight = row_major(weight_any), target = row_major(target_any);
   const OptionalTensor bias = row_major(bias_any), class_weight = row_major(class_weight_any);
   const int64_t chunk_rows = cross_entropy_chunk_rows(n.N, n.V, input.element_size());
   const bool none = static_cast<Reduction>(reduction) == Reduction::kNone;
-  Tensor workspace = empty(input, {chunk_rows, n.V}), lse = empty(input, {n.N}), total_weight = empty(input, {});
+  Tensor workspace = empty(input, {chunk_rows, n.V}), total_weight = empty(input, {});
+  Tensor lse = empty(input, {n.N}, ScalarType::Double);
   Tensor loss = none ? empty(input, {n.N}) : empty(input, {});
   for_float_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cpu::run(CrossEntropyForward<T>{data<T>(input), data<T>(weight), data<T>(bias), data<T>(class_weight),
                                     data<int64_t>(target), mutable_data<T>(workspace), mutable_data<T>(loss),
-                                    mutable_data<T>(lse), mutable_data<T>(total_weight), n.N, n.D, n.V, chunk_rows,
+                                    mutable_data<double>(lse), mutable_data<T>(total_weight), n.N, n.D, n.V, chunk_rows,
                                     ignore_index, label_smoothing, static_cast<Reduction>(reduction)},
              torch_parallel());
   });
@@ -70,15 +75,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
     const Tensor& grad_loss_any, const Tensor& input_any, const Tensor& weight_any, const OptionalTensor& bias_any,
     const Tensor& target_any, const OptionalTensor& class_weight_any, const Tensor& lse_any,
     const Tensor& total_weight_any, int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  const Sizes n =
-      check_arguments(input_any, weight_any, bias_any, target_any, class_weight_any, reduction, ignore_index);
+  const Sizes n = check_arguments(input_any, weight_any, bias_any, target_any, class_weight_any, reduction,
+                                  ignore_index, label_smoothing);
   const bool none = static_cast<Reduction>(reduction) == Reduction::kNone;
   if (grad_loss_any.numel() != (none ? n.N : 1)) {
     fail(kName, "expected a gradient of ", none ? n.N : 1, " elements, got shape ", shape_text(grad_loss_any));
   }
   check_shape(kName, "lse", lse_any, {n.N});
   check_shape(kName, "total_weight", total_weight_any, {});
-  for (const Tensor* tensor : {&grad_loss_any, &lse_any, &total_weight_any}) {
+  check_dtype(kName, "lse", lse_any, ScalarType::Double);
+  for (const Tensor* tensor : {&grad_loss_any, &total_weight_any}) {
     check_dtype(kName, "every tensor", *tensor, input_any.scalar_type());
   }
   const Tensor grad_loss = row_major(grad_loss_any), lse = row_major(lse_any),
@@ -92,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
     using T = decltype(value);
     cpu::run(
         CrossEntropyBackward<T>{data<T>(grad_loss), data<T>(input), data<T>(weight), data<T>(bias),
-                                data<T>(class_weight), data<int64_t>(target), data<T>(lse), data<T>(total_weight),
+                                data<T>(class_weight), data<int64_t>(target), data<double>(lse), data<T>(total_weight),
                                 mutable_data<T>(workspace), mutable_data<T>(grad_input), mutable_data<T>(grad_weight),
                                 bias ? mutable_data<T>(grad_bias) : nullptr, n.N, n.D, n.V, chunk_rows, ignore_index,
                                 label_smoothing, static_cast<Reduction>(reduction)},

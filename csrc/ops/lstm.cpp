@@ -22,6 +22,7 @@ Sizes check_layer(const Tensor& input, const Tensor& h_0, const Tensor& c_0, con
   check_dim(kName, "weight_hh", weight_hh, 2);
   const Sizes n = {input.size(0), input.size(1), input.size(2), weight_hh.size(1)};
   if (n.T == 0) fail(kName, "expected at least one time step, got input of shape ", shape_text(input));
+  if (n.H == 0) fail(kName, "expected at least one hidden unit, got weight_hh of shape ", shape_text(weight_hh));
   check_shape(kName, "weight_hh", weight_hh, {4 * n.H, n.H});
   check_shape(kName, "weight_ih", weight_ih, {4 * n.H, n.I});
   check_shape(kName, "h_0", h_0, {n.B, n.H});

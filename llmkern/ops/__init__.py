@@ -4,5 +4,6 @@
 from llmkern.ops.cross_entropy import linear_cross_entropy
 from llmkern.ops.embedding import embedding
 from llmkern.ops.lstm import lstm, lstm_cell
+from llmkern.ops.sampling import SampleOutput, sample
 
-__all__ = ["embedding", "linear_cross_entropy", "lstm", "lstm_cell"]
+__all__ = ["SampleOutput", "embedding", "linear_cross_entropy", "lstm", "lstm_cell", "sample"]

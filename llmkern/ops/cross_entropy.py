@@ -55,7 +55,7 @@ def linear_cross_entropy(
     """
     _validate(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
     loss, _, _ = torch.ops.llmkern.linear_cross_entropy.default(
-        input.reshape(-1, input.shape[-1]),
+        input.reshape(target.numel(), input.shape[-1]),
         linear_weight,
         linear_bias,
         target.reshape(-1),
@@ -107,7 +107,8 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     input, weight, bias, target, class_weight, reduction, ignore_index, label_smoothing
 ):
     loss = input.new_empty(target.shape if reduction == 0 else ())
-    return loss, input.new_empty(target.shape), input.new_empty(())
+    lse = input.new_empty(target.shape, dtype=torch.float64)
+    return loss, lse, input.new_empty(())
 
 
 @torch.library.register_fake("llmkern::linear_cross_entropy_backward")

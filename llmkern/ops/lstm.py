@@ -87,6 +87,12 @@ def _validate(
     _checks.check_dim(op, "input", input, input_letters)
     _checks.check_dim(op, "weight_hh", weight_hh, "4*H, H")
     B, I, H = input.shape[-2], input.shape[-1], weight_hh.shape[1]  # noqa: E741
+    for what, there in (("time step", input.dim() == 2 or input.shape[0]), ("hidden unit", H)):
+        if not there:
+            raise ValueError(
+                f"llmkern.{op}: expected at least one {what}, got input of shape {list(input.shape)} "
+                f"and weight_hh of shape {list(weight_hh.shape)}"
+            )
     _checks.check_shape(op, "weight_hh", weight_hh, "4*H, H", [4 * H, H])
     _checks.check_shape(op, "weight_ih", weight_ih, "4*H, I", [4 * H, I])
     _checks.check_shape(op, "h_0", h_0, "B, H", [B, H])
@@ -96,10 +102,6 @@ def _validate(
     for name, bias in (("bias_ih", bias_ih), ("bias_hh", bias_hh)):
         if bias is not None:
             _checks.check_shape(op, name, bias, "4*H", [4 * H])
-    if input.dim() == 3 and input.shape[0] == 0:
-        raise ValueError(
-            f"llmkern.{op}: expected at least one time step, got input of shape {list(input.shape)}"
-        )
 
 
 @torch.library.register_fake("llmkern::lstm")

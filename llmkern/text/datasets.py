@@ -19,10 +19,10 @@ _SPLIT_WORDS = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": (
 
 
 class Splits(NamedTuple):
-    """The texts of a corpus; ``test`` is None where there is none."""
+    """The texts of a corpus; ``valid`` and ``test`` are None where there is none."""
 
     train: str
-    valid: str
+    valid: str | None
     test: str | None
 
 
@@ -36,7 +36,8 @@ def language_modeling_splits(
             ``dev``) and, if wanted, ``test``; or a single text file, which is cut at the character:
             training text first, then validation, then test. ``valid_fraction=0.1`` holds out what
             nanoGPT does.
-        valid_fraction: Share of a single file's characters held out for validation.
+        valid_fraction: Share of a single file's characters held out for validation; 0 holds out
+            nothing.
         test_fraction: Share of a single file's characters held out, at the end, for testing.
 
     Returns:
@@ -57,21 +58,21 @@ def language_modeling_splits(
         files = {split: _split_file(where, Path(path), split) for split in _SPLIT_WORDS}
         texts = {split: read_text(file) if file else None for split, file in files.items()}
         return Splits(**texts)  # type: ignore[arg-type]
-    if not (valid_fraction > 0 and test_fraction >= 0 and valid_fraction + test_fraction < 1):
+    if not (valid_fraction >= 0 and test_fraction >= 0 and valid_fraction + test_fraction < 1):
         raise ValueError(
-            f"{where}: expected 0 < valid_fraction, 0 <= test_fraction and a sum below 1, "
+            f"{where}: expected valid_fraction and test_fraction >= 0 and a sum below 1, "
             f"got {valid_fraction} and {test_fraction}"
         )
     text = read_text(path)
     valid_start = int(len(text) * (1 - valid_fraction - test_fraction))
     test_start = int(len(text) * (1 - test_fraction))
     train, valid, test = text[:valid_start], text[valid_start:test_start], text[test_start:]
-    if not train or not valid or (test_fraction and not test):
+    if not train or (valid_fraction and not valid) or (test_fraction and not test):
         raise ValueError(
             f"{where}: expected a text long enough to split, got {len(text)} characters "
             f"in '{os.fspath(path)}'"
         )
-    return Splits(train, valid, test if test_fraction else None)
+    return Splits(train, valid or None, test or None)
 
 
 def contiguous_lanes(ids: Tensor, batch_size: int) -> Tensor:

@@ -128,7 +128,15 @@ def test_single_file_is_cut_without_loss(tmp_path_factory, length):
     assert abs(len(splits.valid) - length / 10) <= 1 and abs(len(splits.test) - length / 5) <= 1
 
 
-@pytest.mark.parametrize("fractions", [(0, 0.1), (0.5, 0.5), (0.1, -0.1), (1.5, 0)])
+def test_single_file_without_validation(tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefghij")
+    path = tmp_path / "text.txt"
+    assert language_modeling_splits(path, valid_fraction=0) == ("abcdefghij", None, None)
+    splits = language_modeling_splits(path, valid_fraction=0, test_fraction=0.3)
+    assert splits == ("abcdefg", None, "hij")
+
+
+@pytest.mark.parametrize("fractions", [(-0.1, 0.1), (0.5, 0.5), (0.1, -0.1), (1.5, 0)])
 def test_single_file_refuses_fractions(tmp_path, fractions):
     (tmp_path / "text.txt").write_text("a" * 100)
     with pytest.raises(ValueError, match=rf"sum below 1, got {fractions[0]} and {fractions[1]}"):

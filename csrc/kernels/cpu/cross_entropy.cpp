@@ -109,7 +109,7 @@ void execute(const CrossEntropyForward<T>& a, const Parallel& parallel) {
         T* logits = a.workspace + r * a.V;
         const T m = add_bias_and_maximum(a.V, a.bias, logits);
         const double lse = log_sum_exp(a.V, logits, m);
-        a.lse[first + r] = static_cast<T>(lse);
+        a.lse[first + r] = lse;
         losses[first + r] = row_loss(a, first + r, logits, lse);
       }
     });
@@ -138,13 +138,14 @@ void row_gradient(const CrossEntropyBackward<T>& a, int64_t n, double sum_weight
   if (a.reduction == Reduction::kMean) scale /= static_cast<double>(*a.total_weight);
   const double hard = (1 - a.label_smoothing) * weight_of(a.class_weight, y);
   const double soft = a.label_smoothing / static_cast<double>(a.V);
-  const T probability_scale = static_cast<T>(scale * (hard + soft * sum_weights)), lse = a.lse[n];
+  const T probability_scale = static_cast<T>(scale * (hard + soft * sum_weights));
   const T soft_scale = static_cast<T>(scale * soft);
+  const T lse_high = static_cast<T>(a.lse[n]), lse_low = static_cast<T>(a.lse[n] - lse_high);
   for_lanes<T>(0, a.V, [&](int64_t v, int64_t count) {
     Vec<T> l = load(logits + v, count);
     if (a.bias != nullptr) l += load(a.bias + v, count);
     const Vec<T> weights = a.class_weight == nullptr ? broadcast(T{1}) : load(a.class_weight + v, count);
-    store(logits + v, fma(exp(l - lse), broadcast(probability_scale), -soft_scale * weights), count);
+    store(logits + v, fma(exp(l - lse_high - lse_low), broadcast(probability_scale), -soft_scale * weights), count);
   });
   logits[y] -= static_cast<T>(scale * hard);
 }

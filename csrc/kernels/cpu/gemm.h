@@ -149,6 +149,18 @@ void multiply_panel(int64_t M, int64_t K, RowTiles<T> a, const T* panel, T* c, i
   multiply_last_tile<T>(M, K, a.first, panel, c, c_stride, width, accumulate);
 }
 
+// The same with A row-major and any K, summed in the blocks of k that gemm() sums: one chain of thousands of float32
+// additions would lose a digit.
+template <class T>
+void multiply_deep_panel(int64_t M, int64_t K, const T* a, const T* panel, T* c, int64_t c_stride, int64_t width,
+                         bool accumulate) {
+  for (int64_t k = 0; k < K; k += kBlockK) {
+    const int64_t depth = K - k < kBlockK ? K - k : kBlockK;
+    multiply_panel(M, depth, in_place(row_major(a + k, K)), panel + k * kPanel<T>, c, c_stride, width,
+                   accumulate || k > 0);
+  }
+}
+
 template <class T>
 void gemm_serial(int64_t M, int64_t N, int64_t K, const Matrix<T>& a, const Matrix<T>& b, T* c, int64_t c_stride,
                  bool accumulate) {
@@ -171,6 +183,7 @@ void gemm_serial(int64_t M, int64_t N, int64_t K, const Matrix<T>& a, const Matr
 template <class T>
 void gemm(int64_t M, int64_t N, int64_t K, const Matrix<T>& a, const Matrix<T>& b, T* c, int64_t c_stride,
           bool accumulate, const Parallel& parallel) {
+  if (M == 0 || N == 0) return;
   if (K == 0 && !accumulate) {
     for (int64_t m = 0; m < M; ++m) memset(c + m * c_stride, 0, static_cast<size_t>(N) * sizeof(T));
   }

@@ -70,8 +70,8 @@ void execute(const LstmForward<T>& a, const Parallel& parallel) {
     parallel(at.panels, at.grain(), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         for (int64_t g = 0; g < 4; ++g) {
-          multiply_panel(B, H, in_place(row_major(h_prev, H)), packed + (g * at.panels + p) * panel_size,
-                         gates + g * H + at.begin(p), 4 * H, at.end(p) - at.begin(p), true);
+          multiply_deep_panel(B, H, h_prev, packed + (g * at.panels + p) * panel_size, gates + g * H + at.begin(p),
+                              4 * H, at.end(p) - at.begin(p), true);
         }
         cell_forward(at, at.begin(p), at.end(p), a.bias_ih, a.bias_hh, c_prev, gates, c, h);
       }
@@ -135,8 +135,8 @@ void backward_through_time(const LstmBackward<T>& a, const Parallel& parallel) {
     parallel(at.panels, at.grain(), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         if (s < a.steps) {
-          multiply_panel(B, 4 * H, in_place(row_major(a.grad_gates + time_of(s) * B * 4 * H, 4 * H)),
-                         packed + p * panel_size, a.grad_h_0 + at.begin(p), H, at.end(p) - at.begin(p), false);
+          multiply_deep_panel(B, 4 * H, a.grad_gates + time_of(s) * B * 4 * H, packed + p * panel_size,
+                              a.grad_h_0 + at.begin(p), H, at.end(p) - at.begin(p), false);
         }
         if (s == 0) continue;
         const int64_t t = time_of(s - 1);

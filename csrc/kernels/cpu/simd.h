@@ -130,10 +130,11 @@ inline T maximum(Vec<T> v) {
   return best;
 }
 
-// exp(x) to about one unit in the last place for |x| <= 87; beyond, the value at 87: far from where it matters to a
-// gate or a softmax. exp(x) = 2^n exp(r), ln 2 split in two (Cody & Waite 1980), exp(r) by its Taylor polynomial.
-inline FloatVec exp(FloatVec x) {
-  x = min(max(x, broadcast(-87.0f)), broadcast(87.0f));
+// exp(x) to about one unit in the last place for |x| <= 87; below, 0, so that a logit of -inf has no probability;
+// above, the value at 87, far from where it matters to a gate. exp(x) = 2^n exp(r), ln 2 split in two (Cody & Waite
+// 1980), exp(r) by its Taylor polynomial. max and min return their second operand when one is NaN: it stays NaN.
+inline FloatVec exp(FloatVec x_any) {
+  const FloatVec x = min(broadcast(87.0f), max(broadcast(-87.0f), x_any));
   const FloatVec round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const FloatVec n = fma(x, broadcast(1.44269504f), round) - round;
   FloatVec r = fma(n, broadcast(-0.693359375f), x);
@@ -144,7 +145,7 @@ inline FloatVec exp(FloatVec x) {
   const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
   FloatVec power;
   memcpy(&power, &exponent, sizeof power);
-  return p * power;
+  return x_any < -87.0f ? FloatVec{} : p * power;
 }
 
 // float64 exists for gradient checks and references: libm, lane by lane.

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.llmkern.sample: schema, checks, allocation, launch. The math is in kernels/sampling.h.
+#include "kernels/sampling.h"
+
+#include <cfloat>
+#include <cmath>
+#include <tuple>
+
+#include "ops/tensors.h"
+
+namespace llmkern::ops {
+
+namespace {
+
+constexpr const char* kName = "sample";
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The ranges are also those of llmkern/ops/sampling.py, which checks numbers; tensors are checked here, when they have
+// values.
+void check_settings(const SampleSettings& s, int64_t row) {
+  const auto expect = [row](const char* name, const char* range, bool holds, double got) {
+    if (!holds) fail(kName, "expected ", name, " ", range, ", got ", got, " in row ", row);
+  };
+  const auto finite = [](double value) { return std::fabs(value) <= FLT_MAX; };
+  expect("temperature", "in [0, inf)", s.temperature >= 0 && std::isfinite(s.temperature), s.temperature);
+  expect("top_k", "to be a whole number >= 0", s.top_k >= 0 && std::floor(s.top_k) == s.top_k && std::isfinite(s.top_k),
+         s.top_k);
+  expect("top_p", "in (0, 1]", s.top_p > 0 && s.top_p <= 1, s.top_p);
+  expect("min_p", "in [0, 1]", s.min_p >= 0 && s.min_p <= 1, s.min_p);
+  expect("typical_p", "in (0, 1]", s.typical_p > 0 && s.typical_p <= 1, s.typical_p);
+  expect("repetition_penalty", "in (0, 3.4e38]", s.repetition_penalty > 0 && finite(s.repetition_penalty),
+         s.repetition_penalty);
+  expect("presence_penalty", "in [-3.4e38, 3.4e38]", finite(s.presence_penalty), s.presence_penalty);
+  expect("frequency_penalty", "in [-3.4e38, 3.4e38]", finite(s.frequency_penalty), s.frequency_penalty);
+}
+
+// How far apart the rows of a [1] or [B] tensor are, each of `size` values: 0 where all share one.
+int64_t row_stride(const char* name, const Tensor& tensor, int64_t B, int64_t size) {
+  if (tensor.size(0) != 1 && tensor.size(0) != B) {
+    fail(kName, "expected ", name, " with 1 or B = ", B, " rows, got shape ", shape_text(tensor));
+  }
+  return tensor.size(0) == 1 ? 0 : size;
+}
+
+// A tensor [V] or [B, V], or nothing.
+int64_t vocabulary_stride(const char* name, const OptionalTensor& tensor, ScalarType dtype, int64_t B, int64_t V) {
+  if (!tensor.has_value()) return 0;
+  check_dtype(kName, name, *tensor, dtype);
+  if (tensor->dim() == 1) {
+    check_shape(kName, name, *tensor, {V});
+    return 0;
+  }
+  check_shape(kName, name, *tensor, {B, V});
+  return V;
+}
+
+int64_t ids_length(const char* name, const OptionalTensor& ids, int64_t B) {
+  if (!ids.has_value()) return 0;
+  check_dtype(kName, name, *ids, ScalarType::Long);
+  check_dim(kName, name, *ids, 2);
+  check_shape(kName, name, *ids, {B, ids->size(1)});
+  return ids->size(1);
+}
+
+void check_sizes(const Tensor& logits, int64_t num_logprobs) {
+  check_dtype(kName, "logits", logits, ScalarType::Float);
+  check_dim(kName, "logits", logits, 2);
+  const int64_t V = logits.size(1);
+  if (V < 1 || V >= kMaxSampleVocabulary) {
+    fail(kName, "expected logits of 1 to ", kMaxSampleVocabulary - 1, " tokens, got shape ", shape_text(logits));
+  }
+  if (num_logprobs < 0 || num_logprobs > V) {
+    fail(kName, "expected num_logprobs in [0, V = ", V, "], got ", num_logprobs);
+  }
+}
+
+Outputs empty_outputs(const Tensor& like, int64_t B, int64_t n) {
+  const auto make = [&](std::initializer_list<int64_t> shape, ScalarType dtype) { return empty(like, shape, dtype); };
+  constexpr ScalarType kId = ScalarType::Long, kValue = ScalarType::Float;
+  return {make({B}, kId), make({B}, kValue), make({B}, kValue), make({B}, kId),
+          make({B}, kId), make({B}, kValue), make({B, n}, kId), make({B, n}, kValue)};
+}
+
+Outputs sample_cpu(const Tensor& logits_any, const OptionalTensor& bias_any, const OptionalTensor& allowed_any,
+                   const OptionalTensor& prompt_any, const OptionalTensor& output_any, const Tensor& settings_any,
+                   const Tensor& seeds_any, const Tensor& positions_any, int64_t num_logprobs) {
+  const Tensor logits = row_major(logits_any), settings = row_major(settings_any);
+  const Tensor seeds = row_major(seeds_any), positions = row_major(positions_any);
+  const OptionalTensor bias = row_major(bias_any), allowed = row_major(allowed_any);
+  const OptionalTensor prompt = row_major(prompt_any), output = row_major(output_any);
+  check_sizes(logits, num_logprobs);
+  const int64_t B = logits.size(0), V = logits.size(1);
+  check_dtype(kName, "settings", settings, ScalarType::Double);
+  check_dim(kName, "settings", settings, 2);
+  check_shape(kName, "settings", settings, {settings.size(0), kSampleSettings});
+  check_dtype(kName, "seeds", seeds, ScalarType::Long);
+  check_dim(kName, "seeds", seeds, 1);
+  check_dtype(kName, "positions", positions, ScalarType::Long);
+  check_shape(kName, "positions", positions, {B});
+
+  const SampleSettings* rows = static_cast<const SampleSettings*>(settings.const_data_ptr());
+  for (int64_t b = 0; b < settings.size(0); ++b) check_settings(rows[b], b);
+
+  Outputs out = empty_outputs(logits, B, num_logprobs);
+  const auto& [token, logprob, filtered_logprob, rank, num_kept, entropy, top_ids, top_logprobs] = out;
+  Sample a;
+  a.logits = data<float>(logits);
+  a.bias = data<float>(bias);
+  a.bias_stride = vocabulary_stride("logit_bias", bias, ScalarType::Float, B, V);
+  a.allowed = data<bool>(allowed);
+  a.allowed_stride = vocabulary_stride("allowed", allowed, ScalarType::Bool, B, V);
+  a.prompt_ids = data<int64_t>(prompt);
+  a.prompt_length = ids_length("prompt_ids", prompt, B);
+  a.output_ids = data<int64_t>(output);
+  a.output_length = ids_length("output_ids", output, B);
+  a.settings = rows;
+  a.settings_stride = row_stride("settings", settings, B, 1);
+  a.seeds = data<int64_t>(seeds);
+  a.seed_stride = row_stride("seeds", seeds, B, 1);
+  a.positions = data<int64_t>(positions);
+  a.B = B;
+  a.V = V;
+  a.num_logprobs = num_logprobs;
+  a.token = mutable_data<int64_t>(token);
+  a.logprob = mutable_data<float>(logprob);
+  a.filtered_logprob = mutable_data<float>(filtered_logprob);
+  a.rank = mutable_data<int64_t>(rank);
+  a.num_kept = mutable_data<int64_t>(num_kept);
+  a.entropy = mutable_data<float>(entropy);
+  a.top_ids = mutable_data<int64_t>(top_ids);
+  a.top_logprobs = mutable_data<float>(top_logprobs);
+  cpu::run(a, torch_parallel());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
+  m.def(
+      "sample(Tensor logits, Tensor? bias, Tensor? allowed, Tensor? prompt_ids, Tensor? output_ids, Tensor settings, "
+      "Tensor seeds, Tensor positions, SymInt num_logprobs) -> (Tensor token, Tensor logprob, Tensor filtered_logprob, "
+      "Tensor rank, Tensor num_kept, Tensor entropy, Tensor top_ids, Tensor top_logprobs)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) { m.impl("sample", TORCH_BOX(&sample_cpu)); }
+
+}  // namespace llmkern::ops

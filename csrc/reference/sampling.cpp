@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sampling as kernels/sampling.h states it: sorted orders, running sums, 128-bit products.
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <map>
+#include <numeric>
+#include <optional>
+
+#include "kernels/sampling.h"
+#include "reference/arrays.h"
+
+namespace llmkern::reference {
+
+namespace {
+
+template <class T>
+using OptionalArray = std::optional<Array<T>>;
+using Ids = std::vector<int64_t>;
+
+struct Distribution {
+  std::vector<float> z, d;
+  std::vector<uint64_t> mass, weighted;  // weighted: mass * -d, rounded
+  Ids order;                             // the tokens that are not -inf, z descending, then id ascending
+};
+
+template <class T>
+uint64_t sum(const std::vector<T>& values, const Ids& ids) {
+  uint64_t total = 0;
+  for (int64_t v : ids) total += values[static_cast<size_t>(v)];
+  return total;
+}
+
+// max(1, ceil(p * mass)), p truncated to a multiple of 2^-62.
+uint64_t fraction(double p, uint64_t mass) {
+  using Wide = unsigned __int128;
+  const Wide product = static_cast<Wide>(std::floor(std::ldexp(p, 62))) * mass;
+  return std::max<uint64_t>(1, static_cast<uint64_t>((product + (Wide{1} << 62) - 1) >> 62));
+}
+
+// Step 1.
+std::vector<float> adjusted_logits(const Array<float>& logits, const OptionalArray<float>& bias,
+                                   const OptionalArray<bool>& allowed, const OptionalArray<int64_t>& prompt_ids,
+                                   const OptionalArray<int64_t>& output_ids, const SampleSettings& s, int64_t b) {
+  const int64_t V = logits.shape(1);
+  std::vector<float> y(static_cast<size_t>(V));
+  for (int64_t v = 0; v < V; ++v) {
+    float& value = y[static_cast<size_t>(v)];
+    value = logits.at(b, v);
+    if (bias) value += bias->at(b, v);
+    if (allowed && !allowed->at(b, v)) value = -INFINITY;
+  }
+  std::map<int64_t, int64_t> seen;  // how often in the output
+  for (const auto* ids : {&prompt_ids, &output_ids}) {
+    if (!ids->has_value()) continue;
+    for (py::ssize_t i = 0; i < (*ids)->shape(1); ++i) {
+      const int64_t v = (*ids)->at(b, i);
+      if (v >= 0 && v < V) seen[v] += ids == &output_ids;
+    }
+  }
+  const float repetition = static_cast<float>(s.repetition_penalty);
+  const float presence = static_cast<float>(s.presence_penalty), frequency = static_cast<float>(s.frequency_penalty);
+  for (const auto& [v, count] : seen) {
+    float& value = y[static_cast<size_t>(v)];
+    if (value == -INFINITY) continue;
+    value = value > 0 ? value / repetition : value * repetition;
+    if (count > 0) value = (value - frequency * static_cast<float>(count)) - presence;
+  }
+  return y;
+}
+
+// Steps 2 and 3; nothing when the row is invalid.
+std::optional<Distribution> distribution(const std::vector<float>& y, double temperature) {
+  const bool greedy = temperature < kGreedyTemperature;
+  const float inverse = greedy ? 1.0f : std::max(static_cast<float>(1.0 / temperature), FLT_MIN);
+  Distribution row;
+  for (float value : y) {
+    const float z = value * inverse;
+    if (std::isnan(z)) return std::nullopt;
+    row.z.push_back(std::min(z, FLT_MAX));
+  }
+  const float maximum = *std::max_element(row.z.begin(), row.z.end());
+  if (maximum == -INFINITY) return std::nullopt;
+  for (size_t v = 0; v < row.z.size(); ++v) {
+    const float d = row.z[v] - maximum, mass = exp_mass(d);
+    row.d.push_back(d);
+    row.mass.push_back(static_cast<uint64_t>(mass));
+    row.weighted.push_back(weighted_mass(mass, d));
+    if (row.z[v] != -INFINITY) row.order.push_back(static_cast<int64_t>(v));
+  }
+  const auto above = [&](int64_t a, int64_t b) {
+    return row.z[static_cast<size_t>(a)] > row.z[static_cast<size_t>(b)];
+  };
+  std::stable_sort(row.order.begin(), row.order.end(), above);
+  return row;
+}
+
+// The shortest prefix of an order with mass >= needed.
+Ids prefix(const Ids& order, const std::vector<uint64_t>& mass, uint64_t needed) {
+  Ids kept;
+  for (uint64_t running = 0; running < needed; running += mass[static_cast<size_t>(kept.back())]) {
+    kept.push_back(order.at(kept.size()));
+  }
+  return kept;
+}
+
+// Step 4: the tokens that are kept, in no order that matters.
+Ids filter(const Distribution& row, const SampleSettings& s) {
+  Ids kept = row.order;
+  const double k = s.temperature < kGreedyTemperature ? 1 : s.top_k;
+  if (k > 0 && k < static_cast<double>(kept.size())) kept.resize(static_cast<size_t>(k));
+  if (s.top_p < 1) kept = prefix(kept, row.mass, fraction(s.top_p, sum(row.mass, kept)));
+  if (s.min_p > 0) {
+    const uint64_t least = fraction(s.min_p, kFullMass);
+    std::erase_if(kept, [&](int64_t v) { return row.mass[static_cast<size_t>(v)] < least; });
+  }
+  if (s.typical_p < 1) {
+    const uint64_t total = sum(row.mass, kept);
+    const double mean = static_cast<double>(sum(row.weighted, kept)) / static_cast<double>(total);
+    std::vector<float> deviation;
+    for (float d : row.d) deviation.push_back(static_cast<float>(std::fabs(-static_cast<double>(d) - mean)));
+    std::sort(kept.begin(), kept.end());
+    std::stable_sort(kept.begin(), kept.end(), [&](int64_t a, int64_t b) {
+      return deviation[static_cast<size_t>(a)] < deviation[static_cast<size_t>(b)];
+    });
+    kept = prefix(kept, row.mass, fraction(s.typical_p, total));
+  }
+  return kept;
+}
+
+// Step 5.
+int64_t draw(const Distribution& row, Ids kept, uint64_t u) {
+  std::sort(kept.begin(), kept.end());
+  const uint64_t target = static_cast<uint64_t>((static_cast<unsigned __int128>(u) * sum(row.mass, kept)) >> 64);
+  uint64_t running = 0;
+  for (int64_t v : kept) {
+    running += row.mass[static_cast<size_t>(v)];
+    if (running > target) return v;
+  }
+  throw std::logic_error("llmkern._reference: the kept mass never exceeded the target");
+}
+
+// logits, bias and allowed [B, V], ids [B, any], settings [B, 8] (SampleSettings), seeds and positions [B].
+// Returns token, logprob, filtered_logprob, rank, num_kept, entropy [B], top_ids, top_logprobs [B, num_logprobs], and
+// kept [B, V].
+py::tuple sample(const Array<float>& logits, const Array<double>& settings, const Array<int64_t>& seeds,
+                 const Array<int64_t>& positions, const OptionalArray<float>& bias, const OptionalArray<bool>& allowed,
+                 const OptionalArray<int64_t>& prompt_ids, const OptionalArray<int64_t>& output_ids,
+                 int64_t num_logprobs) {
+  const int64_t B = logits.shape(0), V = logits.shape(1);
+  check_shape("settings", settings, {B, kSampleSettings});
+  check_shape("seeds", seeds, {B});
+  check_shape("positions", positions, {B});
+  if (bias) check_shape("bias", *bias, {B, V});
+  if (allowed) check_shape("allowed", *allowed, {B, V});
+  for (const auto* ids : {&prompt_ids, &output_ids}) {
+    if (ids->has_value()) check_shape("ids", **ids, {B, (*ids)->shape((*ids)->ndim() - 1)});
+  }
+  Array<int64_t> token({B}), rank({B}), num_kept({B}), top_ids({B, num_logprobs});
+  Array<float> logprob({B}), filtered_logprob({B}), entropy({B}), top_logprobs({B, num_logprobs});
+  Array<bool> kept_mask = zeros<bool>({B, V});
+  for (int64_t b = 0; b < B; ++b) {
+    const SampleSettings& s = *reinterpret_cast<const SampleSettings*>(settings.data(b, 0));
+    const auto row = distribution(adjusted_logits(logits, bias, allowed, prompt_ids, output_ids, s, b), s.temperature);
+    token.mutable_at(b) = -1;
+    rank.mutable_at(b) = num_kept.mutable_at(b) = 0;
+    logprob.mutable_at(b) = filtered_logprob.mutable_at(b) = entropy.mutable_at(b) = NAN;
+    for (int64_t i = 0; i < num_logprobs; ++i) {
+      top_ids.mutable_at(b, i) = -1;
+      top_logprobs.mutable_at(b, i) = row ? -INFINITY : NAN;
+    }
+    if (!row) continue;
+    const Ids kept = filter(*row, s);
+    const uint64_t u =
+        philox_u64(static_cast<uint64_t>(seeds.at(b)), Purpose::kSample, static_cast<uint64_t>(positions.at(b)));
+    const int64_t v = draw(*row, kept, u);
+    const uint64_t total = sum(row->mass, row->order);
+    const double log_total = log_mass(total), d = row->d[static_cast<size_t>(v)];
+    token.mutable_at(b) = v;
+    logprob.mutable_at(b) = static_cast<float>(d - log_total);
+    filtered_logprob.mutable_at(b) = static_cast<float>(d - log_mass(sum(row->mass, kept)));
+    rank.mutable_at(b) = std::find(row->order.begin(), row->order.end(), v) - row->order.begin();
+    num_kept.mutable_at(b) = static_cast<int64_t>(kept.size());
+    entropy.mutable_at(b) = static_cast<float>(log_total + static_cast<double>(sum(row->weighted, row->order)) /
+                                                               static_cast<double>(total));
+    for (int64_t id : kept) kept_mask.mutable_at(b, id) = true;
+    for (size_t i = 0; i < std::min(row->order.size(), static_cast<size_t>(num_logprobs)); ++i) {
+      const int64_t id = row->order[i];
+      top_ids.mutable_at(b, i) = id;
+      top_logprobs.mutable_at(b, i) = static_cast<float>(row->d[static_cast<size_t>(id)] - log_total);
+    }
+  }
+  return py::make_tuple(token, logprob, filtered_logprob, rank, num_kept, entropy, top_ids, top_logprobs, kept_mask);
+}
+
+// The primitives, elementwise, so that they can be tested by themselves.
+Array<uint64_t> exp_mass_of(const Array<float>& d) {
+  Array<uint64_t> out(std::vector<py::ssize_t>{d.size()});
+  for (py::ssize_t i = 0; i < d.size(); ++i) out.mutable_at(i) = static_cast<uint64_t>(exp_mass(d.data()[i]));
+  return out;
+}
+
+Array<double> log_mass_of(const Array<uint64_t>& mass) {
+  Array<double> out(std::vector<py::ssize_t>{mass.size()});
+  for (py::ssize_t i = 0; i < mass.size(); ++i) out.mutable_at(i) = log_mass(mass.data()[i]);
+  return out;
+}
+
+py::tuple philox_of(uint64_t key, const std::vector<uint32_t>& counter) {
+  const Philox out = philox(key, Philox{{counter.at(0), counter.at(1), counter.at(2), counter.at(3)}});
+  return py::make_tuple(out.words[0], out.words[1], out.words[2], out.words[3]);
+}
+
+}  // namespace
+
+void bind_sampling(py::module_& m) {
+  using py::arg;
+  m.def("sample", &sample, arg("logits"), arg("settings"), arg("seeds"), arg("positions"), arg("bias") = py::none(),
+        arg("allowed") = py::none(), arg("prompt_ids") = py::none(), arg("output_ids") = py::none(),
+        arg("num_logprobs") = 0);
+  m.def("exp_mass", &exp_mass_of, arg("d"));
+  m.def("log_mass", &log_mass_of, arg("mass"));
+  m.def("philox", &philox_of, arg("key"), arg("counter"));
+}
+
+}  // namespace llmkern::reference

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results for people (a Markdown table a family) and for machines (one JSON document a run)."""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkern.benchmark.case import OURS
+from llmkern.benchmark.ceilings import METHODS, Ceilings
+from llmkern.benchmark.machine import command, machine_facts, software_facts
+from llmkern.benchmark.timing import Protocol, Result
+
+_HEADER = ["case", "run", "ms", "IQR", "rate", "ceiling", "floor ms", "time/floor", "speed-up"]
+
+_QUIET = 0.3  # load average that a machine at rest may show
+
+
+def summary(result: Result, ceilings: Ceilings) -> dict[str, Any]:
+    """Everything about one case, as JSON values: milliseconds, GFLOP/s, GB/s, ratios."""
+    case, floor, (bound, limit) = (
+        result.case,
+        ceilings.floor(result.case),
+        ceilings.bound(result.case),
+    )
+    work = case.flops if bound == "FMA" else case.bytes
+    contenders = {}
+    for name, timing in result.timings.items():
+        seconds = timing.seconds.median
+        contenders[name] = {
+            "median_ms": seconds * 1e3,
+            "iqr_ms": timing.seconds.iqr * 1e3,
+            "rounds": len(timing.samples),
+            "calls_a_sample": timing.calls,
+            "gflop_s": case.flops / seconds / 1e9,
+            "gb_s": case.bytes / seconds / 1e9,
+            "of_ceiling": work / seconds / limit,
+            "time_over_floor": seconds / floor,
+            "tokens_s": case.tokens / seconds if case.tokens else None,
+            "samples_ms": [float(f"{sample * 1e3:.5g}") for sample in timing.samples],
+        }
+        if name != OURS:
+            speedup = result.speedup(name)
+            contenders[name] |= {"llmkern_speedup": speedup.median, "speedup_iqr": speedup.iqr}
+    return {
+        "family": case.family,
+        "case": case.name,
+        "training": case.training,
+        "error": result.error,
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "bound": bound,
+        "floor_ms": floor * 1e3,
+        "contenders": contenders,
+    }
+
+
+def document(results: Iterable[Result], ceilings: Ceilings, protocol: Protocol) -> dict[str, Any]:
+    """A whole run, with all that is needed to judge it or to repeat it."""
+    return {
+        "command": command(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+        "machine": machine_facts(),
+        "software": software_facts(),
+        "protocol": vars(protocol),
+        "ceilings": {
+            "load_average_before": ceilings.load_average,
+            "peak_gflop_s": ceilings.peak / 1e9,
+            "levels": [
+                {"name": x.name, "read_gb_s": x.read / 1e9, "copy_gb_s": x.copy / 1e9}
+                for x in ceilings.levels
+            ],
+            "methods": METHODS,
+        },
+        "results": [summary(result, ceilings) for result in results],
+    }
+
+
+def write_document(path: str | Path, run: dict[str, Any]) -> None:
+    """Writes a document as JSON, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; an older file is unharmed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            json.dump(run, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def ceilings_text(ceilings: Ceilings) -> str:
+    """The machine in one line."""
+    levels = "; ".join(
+        f"{x.name} read {x.read / 1e9:.0f}, copy {x.copy / 1e9:.0f} GB/s" for x in ceilings.levels
+    )
+    text = f"{ceilings.threads} threads; FMA {ceilings.peak / 1e9:.0f} GFLOP/s; {levels}"
+    if ceilings.load_average > _QUIET:
+        text += (
+            f"\nload average before the run {ceilings.load_average:.2f}: others disturb the figures"
+        )
+    return text
+
+
+def table(results: Iterable[Result], ceilings: Ceilings) -> str:
+    """Markdown: a table for each family, a row for each contender."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        families.setdefault(result.case.family, []).append(summary(result, ceilings))
+    parts = [ceilings_text(ceilings)]
+    for family, cases in families.items():
+        rows = [row for case in cases for row in _rows(case)]
+        parts.append(f"### {family}\n\n{_markdown([_HEADER, *rows])}")
+    return "\n\n".join(parts)
+
+
+def _rows(case: dict[str, Any]) -> Iterable[list[str]]:
+    for name, x in case["contenders"].items():
+        ours = name == OURS
+        arithmetic = case["bound"] == "FMA"
+        rate = f"{_digits(x['gflop_s'])} GFLOP/s" if arithmetic else f"{_digits(x['gb_s'])} GB/s"
+        if x["tokens_s"]:
+            rate += f", {_digits(x['tokens_s'])} tokens/s"
+        yield [
+            case["case"] if ours else "",
+            name,
+            _digits(x["median_ms"]),
+            f"{x['iqr_ms'] / x['median_ms']:.0%}",
+            rate,
+            f"{_digits(x['of_ceiling'] * 100, 2)} % of {case['bound']}",
+            _digits(case["floor_ms"]) if ours else "",
+            _digits(x["time_over_floor"]),
+            "" if ours else _verdict(x["llmkern_speedup"]),
+        ]
+
+
+def _verdict(speedup: float) -> str:
+    shown = _digits(speedup)
+    return f"{shown}x" + (" (slower)" if float(shown.replace(",", "")) < 1 else "")
+
+
+def _digits(x: float, significant: int = 3) -> str:
+    """That many digits, never an exponent: 0.000354, 1.28, 27.6, 4,354."""
+    decimals = significant - 1 - math.floor(math.log10(abs(x))) if x else 0
+    return f"{x:,.{max(0, decimals)}f}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)

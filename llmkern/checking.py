@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares every operator with its scalar reference on this machine; behind ``llmkern check``.
+
+The reference (``llmkern._reference``) is each kernel again, in float64 and by the formula. What it gets is what the
+operator got, so the error shown is the operator's own: the largest difference over the largest expected value.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import llmkern._reference as _reference
+from llmkern import ops
+
+# What float32 may lose: the sums here have a few hundred terms.
+_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
+_ISAS = ("generic", "avx2", "avx512")
+
+Pairs = list[tuple[Tensor, object]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One operator, forward and backward, on one build of the kernels.
+
+    Attributes:
+        op: its name. dtype: of its inputs. isa: instruction set.
+        error: largest difference from the reference, relative to the reference's largest value.
+        tolerance: the error that still passes; 0 means equality.
+    """
+
+    op: str
+    dtype: str
+    isa: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def check() -> list[Check]:
+    """Runs every operator on every instruction set this machine has.
+
+    Returns:
+        A :class:`Check` for each; all of them ``ok`` on a healthy installation.
+    """
+    before = torch.ops.llmkern.cpu_isa()
+    available = _ISAS[: _ISAS.index(torch.ops.llmkern.cpu_isa_detected()) + 1]
+    try:
+        return [result for isa in available for result in _check_isa(isa)]
+    finally:
+        torch.ops.llmkern.select_cpu_isa(before)
+
+
+def _check_isa(isa: str) -> Iterator[Check]:
+    torch.ops.llmkern.select_cpu_isa(isa)
+    cases: dict[str, Callable[[torch.dtype], Pairs]] = {
+        "embedding": _embedding,
+        "lstm": _lstm,
+        "linear_cross_entropy": _linear_cross_entropy,
+    }
+    for op, case in cases.items():
+        for dtype, tolerance in _TOLERANCE.items():
+            error = max(_error(got, expected) for got, expected in case(dtype))
+            yield Check(op, str(dtype).removeprefix("torch."), isa, error, tolerance)
+    yield Check("sample", "float32", isa, max(_error(*pair) for pair in _sample()), 0.0)
+
+
+def _error(got: Tensor, expected: object) -> float:
+    want = torch.as_tensor(np.asarray(expected), dtype=torch.float64)
+    have = got.detach().double()
+    if have.shape != want.shape or not torch.equal(have.isnan(), want.isnan()):
+        return float("inf")
+    error = (have - want).nan_to_num().abs().max().item()
+    return error / max(want.nan_to_num().abs().max().item(), 1e-30)
+
+
+def _random(dtype: torch.dtype, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5).to(dtype)
+
+
+def _embedding(dtype: torch.dtype) -> Pairs:
+    table = _random(dtype, 37, 65).requires_grad_()
+    ids = torch.arange(100) * 7 % 37
+    output = ops.embedding(ids, table, padding_idx=3)
+    upstream = _random(dtype, *output.shape)
+    (grad,) = torch.autograd.grad(output, table, upstream)
+    return [
+        (output, _reference.embedding(ids.numpy(), table.detach().numpy())),
+        (grad, _reference.embedding_backward(upstream.numpy(), ids.numpy(), 37, 3)),
+    ]
+
+
+def _lstm(dtype: torch.dtype) -> Pairs:
+    T, B, I, H = 6, 5, 33, 70  # noqa: E741
+    shapes = [(T, B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
+    inputs = [_random(dtype, *shape).requires_grad_() for shape in shapes]
+    arrays = [tensor.detach().numpy() for tensor in inputs]
+    pairs: Pairs = []
+    for reverse in (False, True):
+        outputs = ops.lstm(*inputs, reverse=reverse)
+        upstream = [_random(dtype, *output.shape) for output in outputs]
+        grads = torch.autograd.grad(outputs, inputs[:6], upstream)
+        expected = _reference.lstm_backward(
+            *(grad.numpy() for grad in upstream), *arrays, reverse=reverse
+        )
+        pairs += zip(outputs, _reference.lstm(*arrays, reverse=reverse), strict=True)
+        pairs += zip(grads, expected, strict=True)
+    return pairs
+
+
+def _linear_cross_entropy(dtype: torch.dtype) -> Pairs:
+    N, D, V = 30, 65, 501
+    inputs = [_random(dtype, *shape).requires_grad_() for shape in ((N, D), (V, D), (V,))]
+    hidden, weight, bias = inputs
+    target = torch.arange(N) * 17 % V
+    target[4] = -100
+    loss = ops.linear_cross_entropy(
+        hidden, weight, target, linear_bias=bias, reduction="none", label_smoothing=0.1
+    )
+    upstream = _random(dtype, N)
+    grads = torch.autograd.grad(loss, inputs, upstream)
+    arrays = (hidden.detach().numpy(), weight.detach().numpy(), target.numpy())
+    options = {"bias": bias.detach().numpy(), "reduction": "none", "label_smoothing": 0.1}
+    expected = _reference.linear_cross_entropy_backward(upstream.numpy(), *arrays, **options)
+    pairs: Pairs = [(loss, _reference.linear_cross_entropy(*arrays, **options))]
+    return pairs + list(zip(grads, expected, strict=True))
+
+
+def _sample() -> Pairs:
+    """Equality: tokens, counts and even logprobs are defined to the bit."""
+    B, V = 64, 700
+    logits = (_random(torch.float32, B, V) * 40).round() / 4  # ties everywhere
+    settings: dict[str, Any] = {
+        "temperature": 0.9,
+        "top_k": 200,
+        "top_p": 0.95,
+        "min_p": 0.001,
+        "typical_p": 0.9,
+    }
+    drawn = ops.sample(logits, **settings, seed=1, num_logprobs=5)
+    rows = np.tile([*settings.values(), 1.0, 0.0, 0.0], (B, 1))
+    *expected, _ = _reference.sample(
+        logits.numpy(), rows, np.ones(B, dtype=np.int64), np.arange(B), num_logprobs=5
+    )
+    names = ("token", "logprob", "filtered_logprob", "rank", "num_kept", "entropy")
+    got = [getattr(drawn, name) for name in (*names, "top_ids", "top_logprobs")]
+    return list(zip(got, expected, strict=True))

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a path to token ids, for the commands."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern.text import Splits, Tokenizer, language_modeling_splits, read_text
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text as ids, and how many of its characters a token stands for."""
+
+    ids: Tensor
+    characters_per_token: float
+
+
+def checked_device(name: str) -> torch.device:
+    """The device, if this machine has it.
+
+    Raises:
+        ValueError: no such device.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device: expected a device of this machine such as cpu, got {name!r}: {reason}"
+        ) from error
+    return device
+
+
+def train_tokenizer(splits: Splits, *, kind: str, **options: Any) -> Tokenizer:
+    """A tokenizer for a corpus.
+
+    Characters come from all splits: a validation text with a character of its own could not be read. Words and merges
+    are learned from the training text alone; unknown words have a token.
+    """
+    if kind != "char":
+        return Tokenizer.train([splits.train], kind=kind, **options)  # type: ignore[arg-type]
+    if options.get("vocab_size") is not None or options.get("min_frequency", 1) > 1:
+        options["special_tokens"] = ("<unk>",)  # for the characters that are left out
+    return Tokenizer.train([text for text in splits if text], kind="char", **options)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> Encoded:
+    """The text in the tokenizer's ids."""
+    ids = tokenizer.encode(text)
+    return Encoded(torch.tensor(ids, dtype=torch.int64), len(text) / max(1, len(ids)))
+
+
+def text_to_evaluate(path: Path, split: str | None) -> tuple[str, str]:
+    """The text that ``llmkern evaluate`` reads, and its name.
+
+    Args:
+        path: a file or a folder.
+        split: "train", "valid" or "test"; None is a whole file, or a folder's test text if it has one, else its
+            validation text.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if split is None and path.is_file():
+        return read_text(path), path.name
+    if split not in (None, *Splits._fields):
+        raise ValueError(f"--split: expected one of {', '.join(Splits._fields)}, got {split}")
+    splits = language_modeling_splits(path)
+    if split is None:
+        split = "valid" if splits.test is None else "test"
+    text = getattr(splits, split)
+    if text is None:
+        raise ValueError(
+            f"--split: expected one of the splits of {path}, train or valid, got {split}"
+        )
+    return text, f"{path.name} ({split})"

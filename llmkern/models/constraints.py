@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens may not come next, and when a text is at its end."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmkern.models.generation_config import GenerationConfig
+from llmkern.text import Tokenizer
+
+# A character takes at most four byte-level tokens, so a stop text ends within the last 4 * its length tokens.
+_TOKENS_PER_CHARACTER = 4
+
+
+class Constraints:
+    """The rules of a GenerationConfig that look at tokens instead of probabilities."""
+
+    def __init__(self, config: GenerationConfig, tokenizer: Tokenizer | None) -> None:
+        if config.stop_texts and tokenizer is None:
+            raise ValueError(
+                "llmkern.generate: stop_strings need a model with a tokenizer, got none"
+            )
+        self._config = config
+        self._tokenizer = tokenizer
+        single = [word[0] for word in config.bad_words_ids if len(word) == 1]
+        self._never = [*config.suppress_tokens, *single]
+        self._words = [list(word) for word in config.bad_words_ids if len(word) > 1]
+        self._looks_back = bool(self._words) or config.no_repeat_ngram_size > 0
+        self._stop_window = _TOKENS_PER_CHARACTER * max(map(len, config.stop_texts), default=0)
+
+    def mask_(self, logits: Tensor, rows: Sequence[tuple[list[int], list[int]]]) -> None:
+        """Sets what is forbidden to -inf, in place.
+
+        Args:
+            logits: [B, V].
+            rows: for each row the tokens of its prompt and those written so far.
+        """
+        logits[:, self._never] = -torch.inf
+        for row, (prompt, output) in enumerate(rows):
+            banned = self._completing(prompt + output) if self._looks_back else []
+            if len(output) < self._config.min_new_tokens:
+                banned += self._config.end_tokens
+            if banned:
+                logits[row, banned] = -torch.inf
+
+    def finish_reason(self, output: list[int]) -> str | None:
+        """ "eos", "stop" or "length" if the text is at its end, else None."""
+        if output[-1] in self._config.end_tokens:
+            return "eos"
+        if self._tokenizer is not None and self._config.stop_texts:
+            text = self._tokenizer.decode(output[-self._stop_window :])
+            if any(stop in text for stop in self._config.stop_texts):
+                return "stop"
+        return "length" if len(output) >= self._config.max_new_tokens else None
+
+    def _completing(self, tokens: list[int]) -> list[int]:
+        """The tokens that would complete a forbidden sequence."""
+        banned = [word[-1] for word in self._words if tokens[-len(word) + 1 :] == word[:-1]]
+        size = self._config.no_repeat_ngram_size
+        if size and len(tokens) >= size:
+            tail = tokens[len(tokens) - size + 1 :]
+            starts = range(len(tokens) - size + 1)
+            banned += [tokens[i + size - 1] for i in starts if tokens[i : i + size - 1] == tail]
+        return banned

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing files so that a crash, a full disk or Ctrl-C never harms what was there before."""
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+_PREFIX = ".llmkern-"
+_SUFFIX = ".tmp"
+
+
+def write_files(folder: str | Path, contents: Mapping[str, bytes | bytearray | memoryview]) -> None:
+    """Writes or replaces the files of a folder; a failure leaves them as they were.
+
+    Every file is first written under a temporary name in the same folder and flushed to the disk; only then are all
+    of them renamed, in the order given. (Killed between two renames, a process leaves some new and some old ones, each
+    whole.) Data comes as bytes so that a failure is an OSError of this function, not an abort deep inside a
+    serialiser.
+
+    Args:
+        folder: an existing folder.
+        contents: file name -> its bytes.
+
+    Raises:
+        OSError: a file cannot be written (disk full, no permission); names it. The old files are as they were and no
+            temporary file is left.
+    """
+    folder = Path(folder)
+    written: dict[str, Path] = {}
+    name = ""
+    try:
+        for name, data in contents.items():
+            temporary = folder / f"{_PREFIX}{name}.{secrets.token_hex(4)}{_SUFFIX}"
+            written[name] = temporary
+            _write(temporary, data)
+        for name, temporary in written.items():
+            os.replace(temporary, folder / name)
+        _flush_folder(folder)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"llmkern.save: could not write {folder / name}: {error.strerror or error}; "
+            "the previous file, if there was one, is unharmed",
+        ) from error
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Removes what a killed process left behind; for a folder that nobody else is writing to."""
+    for path in Path(folder).glob(f"{_PREFIX}*{_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes | bytearray | memoryview) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """A rename survives a power cut only once the folder itself is on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of llmkern.ops.sample: checked, and made into the tensors that the operator takes."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from llmkern.ops import _checks
+
+_OP = "sample"
+_FLOAT_MAX = torch.finfo(torch.float32).max
+LOGITS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Setting = float | Tensor
+Ids = Tensor | Sequence[Sequence[int]]
+
+
+class _Range(NamedTuple):
+    text: str
+    low: float
+    high: float
+    open_low: bool = False  # low itself is out
+    whole: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and value <= self.high and (not self.whole or value == math.floor(value))
+
+
+_LARGEST = math.nextafter(math.inf, 0)
+# In the order of SampleSettings (csrc/kernels/sampling.h). The binding checks the same ranges: values of tensors are
+# known only there.
+_RANGES = {
+    "temperature": _Range("in [0, inf)", 0, _LARGEST),
+    "top_k": _Range("to be a whole number >= 0", 0, _LARGEST, whole=True),
+    "top_p": _Range("in (0, 1]", 0, 1, open_low=True),
+    "min_p": _Range("in [0, 1]", 0, 1),
+    "typical_p": _Range("in (0, 1]", 0, 1, open_low=True),
+    "repetition_penalty": _Range("in (0, 3.4e38]", 0, _FLOAT_MAX, open_low=True),
+    "presence_penalty": _Range("in [-3.4e38, 3.4e38]", -_FLOAT_MAX, _FLOAT_MAX),
+    "frequency_penalty": _Range("in [-3.4e38, 3.4e38]", -_FLOAT_MAX, _FLOAT_MAX),
+}
+
+
+SETTINGS = tuple(_RANGES)
+
+
+def check_setting(name: str, value: object) -> None:
+    """Raises unless value is a number in the range of the setting ``name``."""
+    expected = _RANGES[name]
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(
+            f"llmkern.sample: expected {name} to be a number or a Tensor [B], got {type(value).__name__}"
+        )
+    if not expected.holds(float(value)):
+        raise ValueError(f"llmkern.sample: expected {name} {expected.text}, got {value}")
+
+
+def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
+    """float64 [1, 8] when all are plain numbers, else [B, 8]."""
+    numbers = tuple(
+        value for value in values if not isinstance(value, Tensor) and type(value) in (int, float)
+    )
+    if len(numbers) == len(values):
+        if torch.compiler.is_compiling() or type(logits) is not Tensor:
+            return _number_settings(numbers, logits.device)
+        return _cached_number_settings(numbers, logits.device)
+    B, device = logits.shape[0], logits.device
+    columns = []
+    for name, value in zip(_RANGES, values, strict=True):
+        if isinstance(value, Tensor):
+            _check_row_tensor(name, value, B, device)
+            columns.append(value.detach().to(torch.float64).expand(B))
+        else:
+            check_setting(name, value)
+            columns.append(torch.full((B,), float(value), dtype=torch.float64, device=device))
+    return torch.stack(columns, dim=1)
+
+
+def _number_settings(values: tuple[float, ...], device: torch.device) -> Tensor:
+    for name, value in zip(_RANGES, values, strict=True):
+        check_setting(name, value)
+    numbers = [float(value) for value in values]
+    return torch.tensor([numbers], dtype=torch.float64, device=device)
+
+
+# A decoding loop passes the same numbers at every step.
+_cached_number_settings = functools.lru_cache(maxsize=64)(_number_settings)
+
+
+def _check_row_tensor(name: str, tensor: Tensor, B: int, device: torch.device) -> None:
+    if tensor.shape not in ((), (B,)):
+        raise ValueError(
+            f"llmkern.sample: expected {name} of shape [B] = [{B}], got {list(tensor.shape)}"
+        )
+    _check_device(name, tensor, device)
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(
+            f"llmkern.sample: expected every tensor on one device, got logits on {device} "
+            f"and {name} on {tensor.device}"
+        )
+
+
+def _int64_rows(name: str, value: Tensor, B: int, device: torch.device) -> Tensor:
+    _checks.check_dtype(_OP, name, value, _checks.INDEX_DTYPES)
+    _check_row_tensor(name, value, B, device)
+    return value.to(torch.int64)
+
+
+def _check_int64(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(
+            f"llmkern.sample: expected {name} to be an int or an int64 Tensor [B], got {type(value).__name__}"
+        )
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"llmkern.sample: expected {name} in [-2^63, 2^63), got {value}")
+
+
+def seeds(
+    seed: int | Tensor | None, generator: Generator | None, B: int, device: torch.device
+) -> Tensor:
+    """[1] or [B]."""
+    if seed is None:
+        # Drawn on the CPU by default: torch.manual_seed then gives the same tokens on every device, without a sync.
+        source = torch.device("cpu") if generator is None else generator.device
+        drawn = torch.empty(1, dtype=torch.int64, device=source).random_(generator=generator)
+        return drawn.to(device, non_blocking=True)
+    if generator is not None:
+        raise ValueError("llmkern.sample: expected a seed or a generator, got both")
+    if isinstance(seed, Tensor):
+        return _int64_rows("seed", seed, B, device).reshape(-1)
+    _check_int64("seed", seed)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def positions(
+    position: int | Tensor | None, seed_per_row: bool, B: int, device: torch.device
+) -> Tensor:
+    """[B]."""
+    if isinstance(position, Tensor):
+        return _int64_rows("position", position, B, device).expand(B)
+    if position is None:
+        if seed_per_row:
+            return torch.zeros(B, dtype=torch.int64, device=device)
+        return torch.arange(B, device=device)
+    _check_int64("position", position)
+    if B > 1 and not seed_per_row:
+        raise ValueError(
+            f"llmkern.sample: expected seed to be a Tensor [B] beside an int position, got one seed for B = {B} rows, "
+            f"which would give every row the same random number; pass position as a Tensor [B] if that is meant"
+        )
+    return torch.full((B,), position, dtype=torch.int64, device=device)
+
+
+def bias(
+    value: Tensor | Mapping[int, float] | None, B: int, V: int, device: torch.device
+) -> Tensor | None:
+    """float32 [V] or [B, V]."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return _bias_of_mapping(value, V, device)
+    _checks.check_tensor(_OP, "logit_bias", value)
+    _checks.check_dtype(_OP, "logit_bias", value, LOGITS_DTYPES)
+    _check_vocabulary("logit_bias", value, B, V, device)
+    return value.detach().float()
+
+
+def _bias_of_mapping(bias: Mapping[int, float], V: int, device: torch.device) -> Tensor:
+    for token in bias:
+        if not 0 <= token < V:
+            raise IndexError(
+                f"llmkern.sample: expected ids in logit_bias in [0, V) = [0, {V}), got {token}"
+            )
+    dense = torch.zeros(V, device=device)
+    dense[torch.tensor(list(bias), dtype=torch.int64, device=device)] = torch.tensor(
+        list(bias.values()), dtype=torch.float32, device=device
+    )
+    return dense
+
+
+def mask(allowed: Tensor | None, B: int, V: int, device: torch.device) -> Tensor | None:
+    if allowed is None:
+        return None
+    _checks.check_tensor(_OP, "allowed", allowed)
+    _checks.check_dtype(_OP, "allowed", allowed, (torch.bool,))
+    _check_vocabulary("allowed", allowed, B, V, device)
+    return allowed
+
+
+def _check_vocabulary(name: str, tensor: Tensor, B: int, V: int, device: torch.device) -> None:
+    if tensor.shape not in ((V,), (B, V)):
+        raise ValueError(
+            f"llmkern.sample: expected {name} of shape [V] = [{V}] or [B, V] = [{B}, {V}], got {list(tensor.shape)}"
+        )
+    _check_device(name, tensor, device)
+
+
+def ids(name: str, value: Ids | None, B: int, batched: bool, device: torch.device) -> Tensor | None:
+    """int64 [B, L]."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        rows = [torch.tensor(row, dtype=torch.int64) for row in value]
+        value = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        value = value.to(device)
+    _checks.check_dtype(_OP, name, value, _checks.INDEX_DTYPES)
+    _check_device(name, value, device)
+    if not batched and value.dim() == 1:
+        value = value.unsqueeze(0)
+    if value.dim() != 2 or value.shape[0] != B:
+        raise ValueError(
+            f"llmkern.sample: expected {name} of shape [B, L] = [{B}, L], got {list(value.shape)}"
+        )
+    return value.to(torch.int64)

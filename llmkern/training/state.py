@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run is: the part of a checkpoint that is neither parameters nor random numbers."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+# What a model carries from window to window: a tensor or any nesting of tuples and lists of them.
+Hidden = Any
+
+
+@dataclass
+class TrainingState:
+    """The position and the books of a run.
+
+    Attributes:
+        step: optimizer steps taken.
+        epoch: epochs finished.
+        position: columns of the lanes read in this epoch.
+        loss_sum: the sum of this epoch's losses over its tokens, in nats.
+        tokens: tokens of this epoch.
+        interval_loss_sum: the sum of the losses since the last line of the log.
+        interval_tokens: tokens since then.
+        learning_rate: of the last step.
+        best_loss: the best validation loss so far; None before the first.
+        epochs_without_gain: evaluations since the best one.
+        history: one dict for each finished epoch: epoch, step, learning_rate, train_loss, valid_loss.
+        log_size: bytes of the log that belong to this state; what a killed run wrote after them is cut off.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    loss_sum: float = 0.0
+    tokens: int = 0
+    interval_loss_sum: float = 0.0
+    interval_tokens: int = 0
+    learning_rate: float = 0.0
+    best_loss: float | None = None
+    epochs_without_gain: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    log_size: int = 0
+
+    def add(self, loss: float, tokens: int, learning_rate: float, position: int) -> None:
+        """Books a step: its mean loss over so many tokens, its learning rate, and where it ended."""
+        self.step += 1
+        self.position = position
+        self.learning_rate = learning_rate
+        self.loss_sum += loss * tokens
+        self.tokens += tokens
+        self.interval_loss_sum += loss * tokens
+        self.interval_tokens += tokens
+
+    def interval_loss(self) -> float:
+        """The mean loss since the last line of the log."""
+        return self.interval_loss_sum / self.interval_tokens
+
+    def end_interval(self) -> None:
+        """After a line of the log."""
+        self.interval_loss_sum, self.interval_tokens = 0.0, 0
+
+    def end_epoch(self, valid_loss: float | None) -> bool:
+        """Closes the books of an epoch; True if its model is the one to keep."""
+        self.epoch += 1
+        record = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "learning_rate": self.learning_rate,
+            "train_loss": self.loss_sum / self.tokens,
+            "valid_loss": valid_loss,
+        }
+        self.history.append(record)
+        self.position, self.loss_sum, self.tokens = 0, 0.0, 0
+        if valid_loss is None:
+            return True
+        is_best = self.best_loss is None or valid_loss < self.best_loss
+        if is_best:
+            self.best_loss = valid_loss
+        self.epochs_without_gain = 0 if is_best else self.epochs_without_gain + 1
+        return is_best
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain Python values."""
+        return asdict(self)
+
+
+class Stopwatch:
+    """Tokens a second since it was started, validation and saving left out by starting it anew."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self._tokens = 0
+        self._began = time.monotonic()
+
+    def speed(self, tokens: int) -> float:
+        """After so many more tokens."""
+        self._tokens += tokens
+        return self._tokens / max(time.monotonic() - self._began, 1e-9)
+
+
+def detached(hidden: Hidden) -> Hidden:
+    """The same state without its history: the gradient stops at the window's edge."""
+    if isinstance(hidden, Tensor):
+        return hidden.detach()
+    if isinstance(hidden, (tuple, list)):
+        return tuple(detached(part) for part in hidden)
+    return hidden

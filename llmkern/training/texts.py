@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The texts a trainer is given: checked before the first step, and known again when a run is resumed."""
+
+import hashlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmkern.text import contiguous_lanes
+
+
+def checked_lanes(name: str, ids: Tensor, option: str, batch_size: int, model: nn.Module) -> Tensor:
+    """The text as lanes [B, N // B].
+
+    Args:
+        name: what an error calls the text.
+        ids: int64 [N].
+        option: what an error calls the batch size.
+        batch_size: B.
+        model: whose ``vocab_size``, if it has one, the ids must fit.
+
+    Raises:
+        TypeError: the text is no int64 tensor.
+        ValueError: it has fewer than 2 * B tokens or an id the model does not know.
+    """
+    if isinstance(ids, Tensor) and ids.numel() < 2 * batch_size:
+        raise ValueError(
+            f"llmkern.Trainer: expected {name} of at least 2 * {option} = {2 * batch_size} tokens, "
+            f"got {ids.numel()}; lower {option} or give a longer text"
+        )
+    lanes = contiguous_lanes(ids, batch_size)
+    vocab_size = getattr(model, "vocab_size", None)
+    if vocab_size is not None:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"llmkern.Trainer: expected {name} in [0, V) = [0, {vocab_size}), got {low if low < 0 else high}: "
+                "the tokenizer does not fit the model"
+            )
+    return lanes
+
+
+def fingerprint(ids: Tensor) -> dict[str, Any]:
+    """Length and SHA-256 of a text: a run goes on with the text it began with."""
+    values = ids.detach().cpu().contiguous().numpy()
+    return {"length": ids.numel(), "sha256": hashlib.sha256(values.data).hexdigest()}

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""llmkern evaluate and llmkern generate say what the library says."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkern.models import LanguageModel
+from llmkern.training import evaluate
+from tests.cli.conftest import SMALL
+from tests.models import toys
+
+
+def value(table, metric):
+    (line,) = (line for line in table.splitlines() if metric in line)
+    return line.strip("│ ").split("│")[1].strip()
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_evaluate_prints_the_librarys_numbers(llmkern, kind):
+    llmkern("train", "text.txt", "--output", "run", "--tokenizer", kind, *SMALL, "--batch-size", 4)
+    done = llmkern("evaluate", "run", "text.txt", "--batch-size", 3)
+    assert done.exit_code == 0
+    model = LanguageModel.from_pretrained("run")
+    ids = torch.tensor(model.tokenizer.encode(toys.TEXT))
+    expected = evaluate(model, ids, batch_size=3)
+    bits = expected.loss / math.log(2) * len(ids) / len(toys.TEXT)
+    assert value(done.stdout, "tokens") == f"{expected.tokens:,}"
+    assert value(done.stdout, "loss (nats)") == f"{expected.loss:.4f}"
+    assert value(done.stdout, "perplexity") == f"{expected.perplexity:.2f}"
+    assert value(done.stdout, "bits per character") == f"{bits:.4f}"
+    assert value(done.stdout, "top-1 accuracy") == f"{expected.top1_accuracy:.2%}"
+    assert value(done.stdout, "top-5 accuracy") == f"{expected.top5_accuracy:.2%}"
+
+
+def test_evaluate_chooses_the_split(trained):
+    Path("corpus").mkdir()
+    for split, copies in (("train", 1), ("valid", 2), ("test", 3)):
+        Path(f"corpus/{split}.txt").write_text(toys.TEXT[:300] * copies)
+    for options, tokens in (([], 890), (["--split", "valid"], 590), (["--split", "train"], 290)):
+        done = trained("evaluate", "run", "corpus", *options)
+        assert value(done.stdout, "tokens") == str(tokens), done.output
+    Path("corpus/test.txt").unlink()
+    assert value(trained("evaluate", "run", "corpus").stdout, "tokens") == "590"
+
+
+def test_generate_continues_the_prompt_by_the_seed(trained):
+    options = ("--prompt", "the cat", "--max-new-tokens", 30, "--temperature", 0.8, "--seed")
+    texts = [trained("generate", "run", *options, seed).stdout for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("the cat")
+    assert len(texts[0]) == 7 + 30 + 1
+    expected = LanguageModel.from_pretrained("run").generate(
+        "the cat", max_new_tokens=30, temperature=0.8, seed=1
+    )
+    assert texts[0] == expected + "\n"
+
+
+def test_generate_passes_its_options_on(trained):
+    model = LanguageModel.from_pretrained("run")
+    settings = {
+        "max_new_tokens": 25,
+        "min_new_tokens": 2,
+        "temperature": 1.3,
+        "top_k": 9,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "typical_p": 0.95,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "no_repeat_ngram_size": 4,
+        "seed": 5,
+    }
+    words = [w for name, v in settings.items() for w in (f"--{name.replace('_', '-')}", v)]
+    done = trained("generate", "run", "--prompt", "a dog", *words)
+    assert done.stdout == model.generate("a dog", **settings) + "\n"
+    done = trained("generate", "run", "--prompt", "a dog", *words, "--num-return-sequences", 2)
+    first, second = model.generate("a dog", **settings, num_return_sequences=2)
+    assert done.stdout == f"--- 1\n{first}\n--- 2\n{second}\n"
+
+
+def test_generate_stops_at_a_text(trained):
+    done = trained("generate", "run", "--prompt", "the", "--seed", 1, "--stop", "a", "--stop", "o")
+    continuation = done.stdout.removeprefix("the").rstrip("\n")
+    assert continuation[-1] in "ao"
+    assert not set(continuation[:-1]) & set("ao")
+
+
+def test_unknown_words_are_said_and_never_written(llmkern):
+    Path("text.txt").write_text(toys.TEXT.replace("cat", "<unk>"))
+    llmkern(
+        "train", "text.txt", "--output", "run", "--tokenizer", "word", *SMALL, "--batch-size", 4
+    )
+    options = ("--prompt", "the zebra", "--seed", 1, "--max-new-tokens", 300)
+    done = llmkern("generate", "run", *options)
+    assert "does not know zebra and reads <unk>" in done.stderr
+    assert done.stdout.count("<unk>") == 1  # the prompt's
+    assert llmkern("generate", "run", *options, "--allow-unk").stdout.count("<unk>") > 1

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear cross entropy under autograd and the compiler: gradcheck, opcheck, partial passes, torch.compile."""
+
+import pytest
+import torch
+
+import llmkern
+from tests.conftest import assert_close
+from tests.ops.test_cross_entropy import OPTIONS, REDUCTIONS, arguments_of, torch_loss
+
+SHAPE = (5, 3, 4)
+CODES = {"none": 0, "mean": 1, "sum": 2}
+
+
+def positional(option, reduction, dtype=torch.float64):
+    """Arguments of torch.ops.llmkern.linear_cross_entropy."""
+    tensors, target, options = arguments_of(SHAPE, option, dtype)
+    return (
+        tensors["input"],
+        tensors["linear_weight"],
+        tensors.get("linear_bias"),
+        target,
+        options.get("weight"),
+        CODES[reduction],
+        options.get("ignore_index", -100),
+        options.get("label_smoothing", 0.0),
+    )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("option", range(len(OPTIONS)))
+def test_gradcheck(option, reduction):
+    tensors, target, options = arguments_of(SHAPE, option)
+
+    def loss(*values):
+        return llmkern.ops.linear_cross_entropy(
+            **dict(zip(tensors, values, strict=True)), target=target, reduction=reduction, **options
+        )
+
+    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in tensors.values()])
+
+
+@pytest.mark.parametrize(("option", "reduction"), [(0, "none"), (4, "mean"), (1, "sum")])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_opcheck(requires_grad, option, reduction):
+    input, weight, bias, *rest = positional(option, reduction, torch.float32)
+    for tensor in (input, weight, bias):
+        if tensor is not None:
+            tensor.requires_grad_(requires_grad)
+    torch.library.opcheck(
+        torch.ops.llmkern.linear_cross_entropy.default, (input, weight, bias, *rest)
+    )
+
+
+@pytest.mark.parametrize(("option", "reduction"), [(0, "none"), (4, "mean")])
+def test_opcheck_of_the_backward(option, reduction):
+    *tensors, code, ignore_index, smoothing = positional(option, reduction)
+    loss, lse, total = torch.ops.llmkern.linear_cross_entropy.default(
+        *tensors, code, ignore_index, smoothing
+    )
+    arguments = (loss, *tensors, lse, total, code, ignore_index, smoothing)
+    torch.library.opcheck(torch.ops.llmkern.linear_cross_entropy_backward.default, arguments)
+
+
+@pytest.mark.parametrize("wanted", ["input", "linear_weight", "linear_bias"])
+def test_backward_to_one_argument(wanted):
+    tensors, target, options = arguments_of(SHAPE, 4)
+    tensors[wanted].requires_grad_()
+    grads = []
+    for f in (llmkern.ops.linear_cross_entropy, torch_loss):
+        tensors[wanted].grad = None
+        f(**tensors, target=target, **options).backward()
+        assert [k for k, t in tensors.items() if t.grad is not None] == [wanted]
+        grads.append(tensors[wanted].grad)
+    assert_close(*grads)
+
+
+def test_nothing_requires_grad():
+    tensors, target, _ = arguments_of(SHAPE, 1)
+    assert not llmkern.ops.linear_cross_entropy(**tensors, target=target).requires_grad
+    tensors["input"].requires_grad_()
+    with torch.no_grad():
+        assert not llmkern.ops.linear_cross_entropy(**tensors, target=target).requires_grad
+
+
+def test_what_is_saved_is_not_differentiable():
+    input, *rest = positional(0, "mean")
+    outputs = torch.ops.llmkern.linear_cross_entropy.default(input.requires_grad_(), *rest)
+    assert [t.requires_grad for t in outputs] == [True, False, False]
+
+
+def test_retain_graph():
+    tensors, target, options = arguments_of(SHAPE, 4)
+    inputs = [t.requires_grad_() for t in tensors.values()]
+    loss = llmkern.ops.linear_cross_entropy(**tensors, target=target, **options)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_target_changed_before_the_backward_pass():
+    """The logits are computed again in the backward pass, so a changed argument must be noticed."""
+    tensors, target, _ = arguments_of(SHAPE, 0)
+    loss = llmkern.ops.linear_cross_entropy(
+        tensors["input"].requires_grad_(), tensors["linear_weight"], target
+    )
+    target.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_second_derivatives_are_refused():
+    tensors, target, _ = arguments_of(SHAPE, 0)
+    input = tensors["input"].requires_grad_()
+    loss = llmkern.ops.linear_cross_entropy(input, tensors["linear_weight"], target)
+    (grad,) = torch.autograd.grad(loss, input, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"llmkern\.linear_cross_entropy: .*second derivatives"):
+        grad.sum().backward()
+
+
+def loss_of(tensors, target, options):
+    return llmkern.ops.linear_cross_entropy(**tensors, target=target, **options).square().sum()
+
+
+def compiled_gradients(compiled, N, option, reduction):
+    tensors, target, options = arguments_of((N, *SHAPE[1:]), option)
+    call = (
+        {k: t.requires_grad_() for k, t in tensors.items()},
+        target,
+        options | {"reduction": reduction},
+    )
+    inputs = list(tensors.values())
+    got = torch.autograd.grad(compiled(*call), inputs)
+    for a, b in zip(got, torch.autograd.grad(loss_of(*call), inputs), strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize(("option", "reduction"), [(0, "none"), (4, "mean")])
+def test_compile_without_recompiles_over_batch_sizes(option, reduction):
+    torch.compiler.reset()
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled_gradients(compiled, 6, option, reduction)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for N in (4, 9, 2):
+            compiled_gradients(compiled, N, option, reduction)
+
+
+def test_compile_static():
+    torch.compiler.reset()
+    compiled_gradients(torch.compile(loss_of, fullgraph=True, backend="aot_eager"), 5, 4, "sum")

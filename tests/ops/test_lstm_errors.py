@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LSTM layer and cell: every wrong argument has its error, in Python and at the binding."""
+
+import pytest
+import torch
+
+import llmkern
+from tests.ops.test_lstm import NAMES, layer
+
+
+def one_bad(name, change):
+    """Arguments of a good call, one of them changed."""
+    arguments = dict(zip(NAMES, layer((2, 3, 4, 5), dtype=torch.float32), strict=True))
+    arguments[name] = change(arguments[name])
+    return arguments
+
+
+BAD_CALLS = [
+    ("input", lambda t: t.tolist(), TypeError, "expected input to be a Tensor, got list"),
+    ("bias_hh", lambda t: 3, TypeError, "expected bias_hh to be a Tensor, got int"),
+    ("input", lambda t: t.half(), TypeError, "input of dtype float32 or float64, got float16"),
+    ("input", lambda t: t.int(), TypeError, "input of dtype float32 or float64, got int32"),
+    ("c_0", lambda t: t.double(), TypeError, "c_0 of input's dtype float32, got float64"),
+    ("bias_ih", lambda t: t.double(), TypeError, "bias_ih of input's dtype float32, got float64"),
+    ("weight_hh", lambda t: t.to("meta"), ValueError, "input on cpu and weight_hh on meta"),
+    ("input", lambda t: t[0], ValueError, r"input of shape \[T, B, I\], got \[3, 4\]"),
+    (
+        "input",
+        lambda t: t[:0],
+        ValueError,
+        r"at least one time step, got input of shape \[0, 3, 4\]",
+    ),
+    ("weight_hh", lambda t: t[0], ValueError, r"weight_hh of shape \[4\*H, H\], got \[5\]"),
+    ("weight_hh", lambda t: t[:16], ValueError, r"\[4\*H, H\] = \[20, 5\], got \[16, 5\]"),
+    ("weight_hh", lambda t: t[:0, :0], ValueError, r"at least one hidden unit, .* \[0, 0\]"),
+    ("weight_ih", lambda t: t.T, ValueError, r"weight_ih of shape .* = \[20, 4\], got \[4, 20\]"),
+    ("h_0", lambda t: t[:2], ValueError, r"h_0 of shape \[B, H\] = \[3, 5\], got \[2, 5\]"),
+    ("c_0", lambda t: t[None], ValueError, r"c_0 of shape \[B, H\] = \[3, 5\], got \[1, 3, 5\]"),
+    ("bias_ih", lambda t: t[:-1], ValueError, r"bias_ih of shape \[4\*H\] = \[20\], got \[19\]"),
+    (
+        "bias_hh",
+        lambda t: None,
+        ValueError,
+        "expected both bias_ih and bias_hh or neither, got one",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "error", "message"), BAD_CALLS)
+def test_bad_input(name, change, error, message):
+    with pytest.raises(error, match=r"llmkern\.lstm: .*" + message):
+        llmkern.ops.lstm(**one_bad(name, change))
+
+
+def test_bad_input_of_the_cell():
+    with pytest.raises(ValueError, match=r"llmkern\.lstm_cell: .*input of shape \[B, I\]"):
+        llmkern.ops.lstm_cell(*layer((2, 3, 4, 5)))
+
+
+BAD_BINDING_CALLS = [
+    ("input", lambda t: t.half(), "every tensor of dtype Half, got Float"),
+    ("input", lambda t: t[0], r"input of 3 dimensions, got shape \[3, 4\]"),
+    ("input", lambda t: t[:0], r"at least one time step, got input of shape \[0, 3, 4\]"),
+    ("input", lambda t: t[..., :3], r"weight_ih of shape \[20, 3\], got \[20, 4\]"),
+    ("h_0", lambda t: t[:, :4], r"h_0 of shape \[3, 5\], got \[3, 4\]"),
+    ("c_0", lambda t: t.double(), "every tensor of dtype Float, got Double"),
+    ("weight_hh", lambda t: t[0], r"weight_hh of 2 dimensions, got shape \[5\]"),
+    (
+        "weight_hh",
+        lambda t: t[:, :0],
+        r"at least one hidden unit, got weight_hh of shape \[20, 0\]",
+    ),
+    ("weight_hh", lambda t: t[:-1], r"weight_hh of shape \[20, 5\], got \[19, 5\]"),
+    ("bias_ih", lambda t: None, "expected both biases or neither, got one"),
+    ("bias_hh", lambda t: t[1:], r"every bias of shape \[20\], got \[19\]"),
+    ("bias_hh", lambda t: t.double(), "every bias of dtype Float, got Double"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BAD_BINDING_CALLS)
+def test_the_binding_checks_too(name, change, message):
+    """A caller who goes round Python's checks gets an error, not a wild read."""
+    with pytest.raises(ValueError, match=r"llmkern\.lstm: .*" + message):
+        torch.ops.llmkern.lstm.default(*one_bad(name, change).values(), False)
+
+
+def test_the_binding_refuses_float16():
+    with pytest.raises(ValueError, match=r"input of dtype float32 or float64, got Half"):
+        torch.ops.llmkern.lstm.default(*layer((2, 3, 4, 5), dtype=torch.float16), False)
+
+
+@pytest.mark.parametrize(
+    "name", ["grad_output", "grad_h_n", "grad_c_n", "output", "cells", "gates"]
+)
+@pytest.mark.parametrize(
+    "change", [lambda t: t[:, :1], lambda t: t.double()], ids=["shape", "dtype"]
+)
+def test_the_backward_binding_checks_too(name, change):
+    x, h_0, c_0, w_ih, w_hh = layer((2, 3, 4, 5), bias=False, dtype=torch.float32)
+    output, _, _, cells, gates = torch.ops.llmkern.lstm.default(
+        x, h_0, c_0, w_ih, w_hh, None, None, False
+    )
+    arguments = {"grad_output": output, "grad_h_n": h_0, "grad_c_n": c_0, "input": x, "h_0": h_0}
+    arguments |= {"c_0": c_0, "weight_ih": w_ih, "weight_hh": w_hh, "output": output}
+    arguments |= {"cells": cells, "gates": gates}
+    arguments[name] = change(arguments[name])
+    with pytest.raises(
+        ValueError, match=rf"llmkern\.lstm: expected ({name}|every \w+( tensor)?) of"
+    ):
+        torch.ops.llmkern.lstm_backward.default(*arguments.values(), False)
