@@ -36,7 +36,7 @@ build: $(VENV)/.built
 
 # The project's own sentences, all of them for training: what it writes should read well, not be measured.
 demo: build
-	$(BIN)/llmkern train examples/weather_zh.txt --output runs/demo --preset founding --batch-size 16 --epochs 16 \
+	$(BIN)/llmkern train examples/weather_zh.txt --output runs/demo --preset founding --batch-size 16 --epochs 20 \
 	    --valid-fraction 0 --overwrite
 	$(BIN)/llmkern generate runs/demo --prompt 今天天气非常好 --max-new-tokens 80 --temperature 0.5 --seed 1
 

@@ -197,7 +197,7 @@ def test_work_is_counted_from_the_formulas() -> None:
     small = training.step("small", V=V, H=H, B=B, T=T)
     layers = 2 * lstm.training(H, B, T).flops
     assert small.flops == layers + cross_entropy.training(B * T, V, H).flops
-    assert lstm.decode(H).bytes == 4 * H * (H + H) * 4
+    assert lstm.decode(H).bytes == 4 * H * (H + H + 2) * 4
     ids = embedding.zipf_ids(700, V)
     rows = len(set(ids.tolist())) + 700
     assert embedding.forward(V, H, 700).bytes == rows * H * 4 + 700 * 8

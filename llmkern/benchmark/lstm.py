@@ -33,7 +33,7 @@ def decode(H: int, B: int = 1) -> Case:
             agreement(TOLERANCE),
         )
 
-    weights = 4 * H * (H + H) * FLOAT_BYTES
+    weights = 4 * H * (H + H + 2) * FLOAT_BYTES  # and two biases
     phase = Phase("step", flops=8 * B * H * (H + H), bytes=weights, working_set=weights)
     return Case("lstm", f"decode-H{H}-B{B}", build, [phase])
 

@@ -16,13 +16,18 @@ class LinearCrossEntropyLoss(_Base):
 
     Args:
         in_features: D. num_classes: V.
+        out_features: must be (); losses over further dimensions are not provided.
         bias: whether the linear layer has a bias.
         device, dtype: of the parameters: CPU, float32 or float64.
         reduction, weight, ignore_index, label_smoothing: see :func:`llmkern.ops.linear_cross_entropy`.
+        options: how torch should cut the logits into chunks. The kernel always does, and picks the size itself.
 
     Shapes:
         input [..., D], target [...]; the loss is a scalar, or of target's shape for reduction "none".
         Parameters: ``linear.weight`` [V, D], ``linear.bias`` [V].
+
+    Raises:
+        ValueError: weight has another shape than [V], or label_smoothing or out_features has a value not provided.
 
     Example:
         >>> loss = llmkern.nn.LinearCrossEntropyLoss(512, 10000)
@@ -34,6 +39,7 @@ class LinearCrossEntropyLoss(_Base):
         in_features: int,
         num_classes: int,
         *,
+        out_features: tuple[int, ...] = (),
         bias: bool = False,
         device: Any = None,
         dtype: Any = None,
@@ -41,8 +47,18 @@ class LinearCrossEntropyLoss(_Base):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
+        options: Any = None,
     ) -> None:
         nn.Module.__init__(self)
+        if tuple(out_features) != ():
+            raise ValueError(
+                f"llmkern.LinearCrossEntropyLoss: expected out_features (), got {out_features}"
+            )
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(
+                "llmkern.LinearCrossEntropyLoss: expected label_smoothing in [0, 1], "
+                f"got {label_smoothing}"
+            )
         if weight is not None and tuple(weight.shape) != (num_classes,):
             raise ValueError(
                 f"llmkern.LinearCrossEntropyLoss: expected weight of shape [{num_classes}], "
@@ -50,7 +66,8 @@ class LinearCrossEntropyLoss(_Base):
             )
         self.register_buffer("weight", weight)
         self.num_classes, self.reduction, self.out_features = num_classes, reduction, ()
-        self.ignore_index, self.label_smoothing, self.options = ignore_index, label_smoothing, None
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.options = options
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -99,7 +99,13 @@ class LSTM(nn.RNNBase):
             zeros = x.new_zeros(layers, B, H)
             return zeros, zeros
         letters, shape = ("S, B, H", [layers, B, H]) if batched else ("S, H", [layers, H])
+        if len(hx) != 2:
+            raise ValueError(f"llmkern.LSTM: expected hx to be (h_0, c_0), got {len(hx)} values")
         for name, state in zip(("h_0", "c_0"), hx, strict=True):
+            if not isinstance(state, Tensor):
+                raise TypeError(
+                    f"llmkern.LSTM: expected {name} to be a Tensor, got {type(state).__name__}"
+                )
             if list(state.shape) != shape:
                 raise ValueError(
                     f"llmkern.LSTM: expected {name} of shape [{letters}] = {shape}, got {list(state.shape)}"
@@ -141,12 +147,19 @@ class LSTMCell(nn.LSTMCell):
     """
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"llmkern.LSTMCell: expected a Tensor, got {type(input).__name__}")
+        if input.dim() not in (1, 2):
+            raise ValueError(
+                f"llmkern.LSTMCell: expected input of shape [B, I] or [I], got {list(input.shape)}"
+            )
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
         if hx is None:
             zeros = x.new_zeros(x.shape[0], self.hidden_size)
-            hx = (zeros, zeros)
-        h_0, c_0 = hx if batched else (hx[0].reshape(1, -1), hx[1].reshape(1, -1))
+            h_0, c_0 = zeros, zeros
+        else:
+            h_0, c_0 = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
         h_1, c_1 = ops.lstm_cell(
             x, h_0, c_0, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         )

@@ -180,22 +180,21 @@ def _total_by_logits(
         logits, state = model(inputs, state)
         logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
         total += F.cross_entropy(logits, targets, reduction="sum").item()
-        rank = _rank(logits, targets)
-        top1 += int((rank < 1).sum())
-        top5 += int((rank < 5).sum())
+        first, among_five = _hits(logits, targets)
+        top1 += first
+        top5 += among_five
         if on_progress is not None:
             on_progress(start + inputs.shape[1], lanes.shape[1] - 1)
     return total, top1, top5
 
 
-def _rank(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many tokens come before the target, by logit descending and id ascending; one pass, no sort."""
+def _hits(logits: Tensor, targets: Tensor) -> tuple[int, int]:
+    """How many targets are the first token, and among the first five, by logit descending and id ascending."""
     own = logits.gather(1, targets[:, None])
     # Not "logits > own": NaN compares false with everything and would make every target the best.
     rank = (logits <= own).logical_not().sum(1)
-    tied = ((logits == own).sum(1) > 1).nonzero()[:, 0]
-    if len(tied):
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        before = (logits[tied] == own[tied]) & (ids < targets[tied, None])
-        rank[tied] += before.sum(1)
-    return rank
+    close = (rank < 5).nonzero()[:, 0]  # an equal logit with a lower id can only move these out
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    before = (logits[close] == own[close]) & (ids < targets[close, None])
+    rank = rank[close] + before.sum(1)
+    return int((rank < 1).sum()), int((rank < 5).sum())
