@@ -3,8 +3,6 @@
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llmkern._files import write_files
 from llmkern.benchmark.case import OURS
 from llmkern.benchmark.ceilings import METHODS, Ceilings
 from llmkern.benchmark.machine import command, machine_facts, software_facts
@@ -90,17 +89,8 @@ def write_document(path: str | Path, run: dict[str, Any]) -> None:
         OSError: it cannot be written; an older file is unharmed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            json.dump(run, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False)
+    write_files(path.parent, {path.name: f"{text}\n".encode()})
 
 
 def ceilings_text(ceilings: Ceilings) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from llmkern.models.files import write_files
+from llmkern._files import write_files
 from llmkern.text import Tokenizer
 from llmkern.text._optional import require
 

@@ -7,7 +7,6 @@ silently repaired or silently cut is a model silently trained on something else.
 
 import codecs
 import os
-import secrets
 from pathlib import Path
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -59,39 +58,6 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     if not lines[-1]:
         lines.pop()
     return [line.removesuffix("\r") for line in lines]
-
-
-def write_text(where: str, path: Path, text: str) -> None:
-    """Write a UTF-8 text file all or nothing.
-
-    The text goes to a temporary file in the same folder, reaches the disk, and only then takes the
-    name: a full disk or a killed process leaves the old file as it was.
-
-    Args:
-        where: In whose name an error speaks.
-        path: The file to create or replace; its folder is made if need be.
-        text: The content.
-
-    Raises:
-        OSError: It cannot be written; an older file is unharmed and no temporary file is left.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"llmkern.text.{where}: expected to write '{path}', got: {error.strerror or error}; "
-            "an older file is unharmed",
-        ) from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def _read(where: str, path: Path) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llmkern._files import write_files
 from llmkern.text import backends
 from llmkern.text._checks import check_options, check_text
 from llmkern.text.backends import BOS, EOS, PAD, SPECIAL_TOKENS, UNK, Kind
-from llmkern.text.files import write_text
 from llmkern.text.normalization import NormalizationForm
 from llmkern.text.streaming import StreamDecoder
 
@@ -182,9 +182,8 @@ class Tokenizer:
         Raises:
             OSError: It cannot be written; an older tokenizer.json is unharmed.
         """
-        file = Path(folder) / FILE_NAME
-        write_text("Tokenizer.save", file, self.to_json())
-        return file
+        write_files(Path(folder), {FILE_NAME: self.to_json().encode()})
+        return Path(folder) / FILE_NAME
 
     @property
     def vocab_size(self) -> int:

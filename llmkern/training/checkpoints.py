@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llmkern.models.files import write_files
+from llmkern._files import write_files
 
 FORMAT = "llmkern.checkpoint"
 VERSION = 1

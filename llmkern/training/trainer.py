@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern.models.files import remove_temporaries
+from llmkern._files import remove_temporaries
 from llmkern.models.pretrained import PretrainedMixin
 from llmkern.text import Tokenizer, bptt_windows
 from llmkern.training import checkpoints, snapshots

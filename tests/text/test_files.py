@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading: every byte kept, every fault named with its place. Writing: all or nothing."""
 
-import errno
-import os
-
 import pytest
 
 from llmkern.text import read_lines, read_text
-from llmkern.text.files import write_text
 
 BOM = b"\xef\xbb\xbf"
 
@@ -80,38 +76,3 @@ def test_refuses_what_is_no_file(tmp_path):
         read_text(tmp_path / "none.txt")
     with pytest.raises(IsADirectoryError, match=r"llmkern\.text\.read_lines: .*Is a directory"):
         read_lines(tmp_path)
-
-
-def test_write_makes_folders_and_replaces(tmp_path):
-    path = tmp_path / "a" / "b.txt"
-    write_text("test", path, "old\n")
-    write_text("test", path, "天\r\n")
-    assert path.read_bytes() == "天\r\n".encode()
-    assert os.listdir(path.parent) == ["b.txt"]
-
-
-@pytest.mark.parametrize("step", ["replace", "fsync"])
-def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
-    path = tmp_path / "kept.txt"
-    write_text("test", path, "old")
-
-    def full_disk(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, step, full_disk)
-    message = r"llmkern\.text\.test: expected to write '.*kept\.txt', got: No space left"
-    with pytest.raises(OSError, match=message) as caught:
-        write_text("test", path, "new")
-    assert caught.value.errno == errno.ENOSPC
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["kept.txt"]
-
-
-def test_interrupted_write_leaves_no_temporary_file(tmp_path, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_text("test", tmp_path / "new.txt", "text")
-    assert os.listdir(tmp_path) == []

@@ -75,9 +75,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch, step):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, step, full_disk)
-    message = (
-        r"llmkern\.text\.Tokenizer\.save: expected to write '.*tokenizer\.json', got: No space"
-    )
+    message = r"llmkern\.save: could not write .*tokenizer\.json: No space"
     with pytest.raises(OSError, match=message):
         Tokenizer.train("new", kind="char").save(tmp_path)
     assert os.listdir(tmp_path) == ["tokenizer.json"]
@@ -86,7 +84,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch, step):
 
 def test_save_where_no_folder_can_be(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match=r"Tokenizer\.save: expected to write .*file/tokenizer\.json"):
+    with pytest.raises(OSError, match=r"llmkern\.save: could not write .*file"):
         Tokenizer.train("a", kind="char").save(tmp_path / "file")
 
 

@@ -19,7 +19,7 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes | bytearray | m
     serialiser.
 
     Args:
-        folder: an existing folder.
+        folder: where to; made if need be.
         contents: file name -> its bytes.
 
     Raises:
@@ -30,6 +30,7 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes | bytearray | m
     written: dict[str, Path] = {}
     name = ""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, data in contents.items():
             temporary = folder / f"{_PREFIX}{name}.{secrets.token_hex(4)}{_SUFFIX}"
             written[name] = temporary

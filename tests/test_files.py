@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from llmkern.models.files import remove_temporaries, write_files
+from llmkern._files import remove_temporaries, write_files
 
 OLD = {"a.txt": b"old a", "b.txt": b"old b"}
 
