@@ -44,21 +44,37 @@ Matrix<T> transposed(const T* data, int64_t columns) {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// panels[(n / kPanel), k, n % kPanel] = B[k, n]; room for round_up(N, kPanel) * K elements.
+// panel[k, n] = B[k, n] where the columns of B lie in memory one after the other: squares are transposed in registers.
+template <class T>
+void pack_columns(const Matrix<T>& b, int64_t K, int64_t width, T* panel) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t n = 0; n < width; n += lanes) {
+    int64_t k = 0;
+    for (; n + lanes <= width && k + lanes <= K; k += lanes) {
+      Vec<T> square[lanes];
+      for (int i = 0; i < lanes; ++i) square[i] = load(b.at(k, n + i));
+      transpose<T>(square);
+      for (int i = 0; i < lanes; ++i) store(panel + (k + i) * kPanel<T> + n, square[i]);
+    }
+    const int64_t last = n + lanes < width ? n + lanes : width;
+    for (; k < K; ++k) {
+      for (int64_t i = n; i < last; ++i) panel[k * kPanel<T> + i] = *b.at(k, i);
+    }
+  }
+}
+
+// panels[(n / kPanel), k, n % kPanel] = B[k, n]; room for round_up(N, kPanel) * K elements. One stride of B is 1.
 template <class T>
 void pack_panels(const Matrix<T>& b, int64_t K, int64_t N, T* panels) {
   for (int64_t first = 0; first < N; first += kPanel<T>, panels += K * kPanel<T>) {
     const int64_t width = N - first < kPanel<T> ? N - first : kPanel<T>;
     if (width < kPanel<T>) memset(panels, 0, static_cast<size_t>(K * kPanel<T>) * sizeof(T));
-    if (b.column_stride == 1) {
-      for (int64_t k = 0; k < K; ++k) {
-        memcpy(panels + k * kPanel<T>, b.at(k, first), static_cast<size_t>(width) * sizeof(T));
-      }
-    } else {
-      for (int64_t n = 0; n < width; ++n) {
-        const T* column = b.at(0, first + n);
-        for (int64_t k = 0; k < K; ++k) panels[k * kPanel<T> + n] = column[k * b.row_stride];
-      }
+    if (b.column_stride != 1) {
+      pack_columns(Matrix<T>{b.at(0, first), b.row_stride, b.column_stride}, K, width, panels);
+      continue;
+    }
+    for (int64_t k = 0; k < K; ++k) {
+      memcpy(panels + k * kPanel<T>, b.at(k, first), static_cast<size_t>(width) * sizeof(T));
     }
   }
 }

@@ -26,6 +26,7 @@ constexpr int kVectorBytes = 16;
 typedef float FloatVec __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVec __attribute__((vector_size(kVectorBytes)));
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
+typedef int64_t LongVec __attribute__((vector_size(kVectorBytes)));
 
 template <class T>
 struct VecOf;
@@ -36,6 +37,18 @@ struct VecOf<float> {
 template <>
 struct VecOf<double> {
   using type = DoubleVec;
+};
+
+// Integers as wide as T, one a lane: what a shuffle is told.
+template <class T>
+struct IndexOf;
+template <>
+struct IndexOf<float> {
+  using type = IntVec;
+};
+template <>
+struct IndexOf<double> {
+  using type = LongVec;
 };
 
 template <class T>
@@ -110,6 +123,28 @@ inline V max(V a, V b) {
 template <class V>
 inline V min(V a, V b) {
   return a < b ? a : b;
+}
+
+// rows[i][j] and rows[j][i] change places: log2(lanes) rounds, each of which swaps the off-diagonal quarters of every
+// square of 2 * step rows and lanes.
+template <class T>
+inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  using Index = typename IndexOf<T>::type;
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes<T>; step *= 2) {
+    Index upper, lower;  // lanes of the two new rows, counted through both old ones
+    for (int j = 0; j < kLanes<T>; ++j) {
+      upper[j] = (j & step) == 0 ? j : kLanes<T> + j - step;
+      lower[j] = (j & step) == 0 ? j + step : kLanes<T> + j;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if ((i & step) != 0) continue;
+      const Vec<T> a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shuffle(a, b, upper);
+      rows[i + step] = __builtin_shuffle(a, b, lower);
+    }
+  }
 }
 
 // The lanes are added in a fixed tree, so the sum is the same on every run.
