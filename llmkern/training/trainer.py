@@ -141,18 +141,19 @@ class Trainer:
             torch.manual_seed(self.arguments.seed)
             self._save(log_size=0)  # shows now whether the folder can be written to
         state = self.state
-        display = make_display(self.total_steps, state.step, show=self._show_progress)
-        log = RunLog(
-            self.output_dir,
-            tensorboard=self.arguments.tensorboard,
-            size=state.log_size,
-            step=state.step,
-        )
-        try:
-            with log, StopRequest() as request:
-                return self._run(_Session(request, log, display))
-        finally:
-            display.close()
+        with StopRequest() as request:
+            log = RunLog(
+                self.output_dir,
+                tensorboard=self.arguments.tensorboard,
+                size=state.log_size,
+                step=state.step,
+            )
+            display = make_display(self.total_steps, state.step, show=self._show_progress)
+            try:
+                with log:
+                    return self._run(_Session(request, log, display))
+            finally:
+                display.close()
 
     def _run(self, session: _Session) -> TrainingResult:
         state = self.state
@@ -164,7 +165,7 @@ class Trainer:
             if reason is None:
                 self._end_epoch(session)
                 reason = self._finished()
-        if state.position:
+        if state.position or state.step == 0:
             self._stop_in_epoch(session, reason)
         return TrainingResult(
             stop_reason=reason,

@@ -191,6 +191,12 @@ def test_killed_in_mid_epoch_and_resumed_is_never_stopped(llmkern):
     assert_same_run("whole", "run")
 
 
+def trains():
+    """Whether the run in the folder ``run`` has taken its first steps."""
+    log = Path("run/log.jsonl")
+    return log.exists() and '"train", "step"' in log.read_text()
+
+
 def test_interrupted_by_ctrl_c(llmkern):
     options = [*SMALL, "--epochs", "100000"]
     command = [sys.executable, "-c", "from llmkern.cli import main; main()", "train", "text.txt"]
@@ -199,7 +205,7 @@ def test_interrupted_by_ctrl_c(llmkern):
         [*command, "--output", "run", *options],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while process.poll() is None and not Path("run/log.jsonl").exists():
+    while process.poll() is None and not trains():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()

@@ -117,6 +117,17 @@ def test_dropout_acts_in_training_alone_and_by_the_seed():
     assert torch.equal(model(ids)[0], undropped(ids)[0])
 
 
+def test_dropout_is_on_the_embedding_and_on_the_output():
+    model = toys.model(dropout=0.5, num_layers=1, hidden_size=200, embedding_dim=200)
+    ids = torch.randint(23, (2, 6))
+    output, _ = model.hidden_states(ids)
+    assert 0.4 < (output == 0).float().mean() < 0.6
+    read = []
+    model.lstm.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    model.hidden_states(ids)
+    assert 0.4 < (read[0] == 0).float().mean() < 0.6
+
+
 def test_dropout_between_layers_is_for_several_layers():
     # torch warns about dropout with one layer; here the embedding and the output still have it.
     model = toys.model(num_layers=1, dropout=0.5)

@@ -190,6 +190,7 @@ def test_stops_by_steps_and_by_time(tmp_path):
     assert evaluate(loaded, VALID, batch_size=8, bptt=12, accuracy=False).loss == result.valid_loss
     result = trainer(output_dir=tmp_path / "b", max_seconds=1e-9).train()
     assert (result.stop_reason, result.step) == ("max_seconds", 0)
+    LanguageModel.from_pretrained(tmp_path / "b")
 
 
 def test_without_validation_the_newest_model_is_saved(tmp_path):
