@@ -5,7 +5,8 @@
                          Python limited API.
     llmkern._reference   the scalar float64 specification, bound to numpy by pybind11. Knows no torch.
 
-Environment: LLMKERN_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, MAX_JOBS, DEBUG=1, LLMKERN_STRICT=1 (warnings are errors).
+Environment: LLMKERN_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, MAX_JOBS, DEBUG=1, LLMKERN_STRICT=1 (warnings are errors),
+LLMKERN_SANITIZE=1 (AddressSanitizer and UBSan; `make asan`).
 """
 
 import glob
@@ -109,6 +110,10 @@ CXX_FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden"]
 CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
 CXX_FLAGS += ["-O0", "-g"] if DEBUG else ["-O3"]
 CXX_FLAGS += ["-Werror"] if STRICT else []
+SANITIZE = []
+if os.environ.get("LLMKERN_SANITIZE") == "1":
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    CXX_FLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]
 CXX_FLAGS += ["-DLLMKERN_X86"] if X86 else []
 # nvcc sees no torch header, so it builds beside a CPU torch and beside a torch made with another CUDA.
 NVCC_FLAGS = ["-O3", "-std=c++20", "--fmad=false", f"-I{CSRC}"]
@@ -172,7 +177,7 @@ def torch_extension():
     ]  # warnings are errors in our code, not in torch's headers
     defines = ['-DLLMKERN_CUDA_ARCHITECTURES=""', '-DLLMKERN_CUDA_VERSION=""']
     sources = [*sorted(glob.glob("csrc/ops/*.cpp")), "csrc/kernels/cpu/dispatch.cpp"]
-    link = {"extra_link_args": ["-Wl,--exclude-libs,ALL"]}
+    link = {"extra_link_args": ["-Wl,--exclude-libs,ALL", *SANITIZE]}
     if CUDA is not None:
         root, version = CUDA
         print(
@@ -212,4 +217,6 @@ if __name__ == "__main__":
     print(
         f"llmkern: building for torch >= 2.10 with the headers of torch {torch.__version__}; MAX_JOBS limits the jobs"
     )
-    setup(ext_modules=[torch_extension(), reference_extension()], cmdclass={"build_ext": Build})
+    # Sanitizers are for the kernels; under them the reference would take longer to compile than all of these.
+    modules = [torch_extension(), *([] if SANITIZE else [reference_extension()])]
+    setup(ext_modules=modules, cmdclass={"build_ext": Build})

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor
@@ -63,10 +63,8 @@ def check_setting(name: str, value: object) -> None:
 
 def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
     """float64 [1, 8] when all are plain numbers, else [B, 8]."""
-    numbers = tuple(
-        value for value in values if not isinstance(value, Tensor) and type(value) in (int, float)
-    )
-    if len(numbers) == len(values):
+    if not [value for value in values if type(value) is not float and type(value) is not int]:
+        numbers = cast(tuple[float, ...], values)
         if torch.compiler.is_compiling() or type(logits) is not Tensor:
             return _number_settings(numbers, logits.device)
         return _cached_number_settings(numbers, logits.device)
@@ -112,7 +110,7 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 def _int64_rows(name: str, value: Tensor, B: int, device: torch.device) -> Tensor:
     _checks.check_dtype(_OP, name, value, _checks.INDEX_DTYPES)
     _check_row_tensor(name, value, B, device)
-    return value.to(torch.int64)
+    return value if value.dtype == torch.int64 else value.to(torch.int64)
 
 
 def _check_int64(name: str, value: object) -> None:
@@ -136,7 +134,8 @@ def seeds(
     if generator is not None:
         raise ValueError("llmkern.sample: expected a seed or a generator, got both")
     if isinstance(seed, Tensor):
-        return _int64_rows("seed", seed, B, device).reshape(-1)
+        rows = _int64_rows("seed", seed, B, device)
+        return rows if rows.dim() == 1 else rows.reshape(1)
     _check_int64("seed", seed)
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
@@ -146,7 +145,8 @@ def positions(
 ) -> Tensor:
     """[B]."""
     if isinstance(position, Tensor):
-        return _int64_rows("position", position, B, device).expand(B)
+        rows = _int64_rows("position", position, B, device)
+        return rows if rows.dim() == 1 else rows.expand(B)
     if position is None:
         if seed_per_row:
             return torch.zeros(B, dtype=torch.int64, device=device)
@@ -220,4 +220,4 @@ def ids(name: str, value: Ids | None, B: int, batched: bool, device: torch.devic
         raise ValueError(
             f"llmkern.sample: expected {name} of shape [B, L] = [{B}, L], got {list(value.shape)}"
         )
-    return value.to(torch.int64)
+    return value if value.dtype == torch.int64 else value.to(torch.int64)

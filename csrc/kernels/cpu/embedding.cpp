@@ -16,6 +16,7 @@ int64_t rows_per_task(int64_t row_bytes) { return kGrainBytes / (row_bytes + 1) 
 
 template <class T, class Index>
 void execute(const EmbeddingForward<T, Index>& a, const Parallel& parallel) {
+  if (a.D == 0) return;  // an empty tensor may have no memory at all
   const size_t row_bytes = static_cast<size_t>(a.D) * sizeof(T);
   parallel(a.N, rows_per_task(static_cast<int64_t>(row_bytes)), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {

@@ -108,6 +108,7 @@ void cell_backward(const Layout<T>& at, int64_t begin, int64_t end, const T* gat
 
 template <class T>
 void copy_or_zero(T* to, const T* from, int64_t count) {
+  if (count == 0) return;  // an empty tensor may have no memory at all
   if (from != nullptr) {
     memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
   } else {

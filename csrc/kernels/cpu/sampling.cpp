@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sampling on the CPU; the contract is kernels/sampling.h.
 //
-// Nothing is sorted. One pass over the row sums the masses and, where a filter needs the order, counts them by the
-// leading bits of z; a filter is then a threshold, found exactly among the tokens that share those bits (selection.h).
-// What passes is listed, and later filters and the draw look at the list alone. Without a filter there is no list: the
-// draw skips whole blocks by their masses.
+// Nothing is sorted. One pass makes z, one sums the masses. The first filter lists the tokens that can pass it
+// (selection.h); the exact thresholds, later filters and the draw look at the list alone. Without a filter there is no
+// list: the draw skips whole blocks by their masses.
 #include "kernels/sampling.h"
 
 #include <cfloat>
@@ -25,7 +24,6 @@ struct Workspace {
   int32_t* occurrences;    // [V]
   uint64_t* block_mass;    // [ceil(V / kBlock)]
   Candidate *kept, *work;  // [V]
-  Bins* bins;
 };
 
 struct Sums {
@@ -40,7 +38,7 @@ struct Draw {
 Workspace workspace(int64_t V) {
   const int64_t whole = (V + kBlock - 1) / kBlock * kBlock, blocks = whole / kBlock;
   const int64_t per_token = 2 * sizeof(float) + sizeof(int32_t) + 2 * sizeof(Candidate);
-  char* memory = scratch<char>(Slot::kKernel, whole * per_token + blocks * int64_t{sizeof(uint64_t)} + sizeof(Bins));
+  char* memory = scratch<char>(Slot::kKernel, whole * per_token + blocks * int64_t{sizeof(uint64_t)});
   const auto take = [&memory](int64_t bytes) {
     char* taken = memory;
     memory += bytes;
@@ -53,7 +51,6 @@ Workspace workspace(int64_t V) {
   w.kept = static_cast<Candidate*>(take(whole * sizeof(Candidate)));
   w.work = static_cast<Candidate*>(take(whole * sizeof(Candidate)));
   w.block_mass = static_cast<uint64_t*>(take(blocks * sizeof(uint64_t)));
-  w.bins = static_cast<Bins*>(take(sizeof(Bins)));
   return w;
 }
 
@@ -100,27 +97,28 @@ void penalise(const Sample& a, const SampleSettings& s, int64_t b, int32_t* occu
   for_each_id(a.output_ids, a.output_length, b, a.V, apply);
 }
 
-// z = min(y * inverse, FLT_MAX) and its maximum; false when a NaN or no finite value is among them.
-bool scale(const float* y, float inverse, int64_t V, float* z, float* maximum) {
+// z = min(y * inverse, FLT_MAX), its maximum and how many are above -inf; false when the row is invalid.
+bool scale(const float* y, float inverse, float* z, Row* row) {
   const int32_t largest = ordered(FLT_MAX);
-  int32_t high = ordered(-INFINITY), low = ordered(INFINITY);
-  for (int64_t v = 0; v < V; ++v) {
+  int32_t high = ordered(-INFINITY), low = ordered(INFINITY), num_live = 0;
+  for (int64_t v = 0; v < row->V; ++v) {
     const float scaled = y[v] * inverse + 0.0f;  // -0 becomes 0
     const int32_t key = ordered(scaled);
     high = key > high ? key : high;
     low = key < low ? key : low;
+    num_live += key > ordered(-INFINITY);
     z[v] = key > largest ? FLT_MAX : scaled;
   }
+  row->maximum = from_ordered(high < largest ? high : largest);
+  row->num_live = num_live;
   const bool has_nan = high > ordered(INFINITY) || low < ordered(-INFINITY);
-  if (has_nan || high == ordered(-INFINITY)) return false;
-  *maximum = from_ordered(high < largest ? high : largest);
-  return true;
+  return !has_nan && num_live > 0;
 }
 
 bool is_greedy(const SampleSettings& s) { return s.temperature < kGreedyTemperature; }
 
-// Fills w.z; false when the row is invalid.
-bool logits_to_z(const Sample& a, const SampleSettings& s, int64_t b, const Workspace& w, float* maximum) {
+// Fills w.z and the row; false when it is invalid.
+bool logits_to_z(const Sample& a, const SampleSettings& s, int64_t b, const Workspace& w, Row* row) {
   const bool has_penalty = s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0;
   const bool penalised = has_penalty && (a.prompt_ids != nullptr || a.output_ids != nullptr);
   const float* y = a.logits + b * a.V;
@@ -130,33 +128,26 @@ bool logits_to_z(const Sample& a, const SampleSettings& s, int64_t b, const Work
     y = w.y;
   }
   const float inverse = is_greedy(s) ? 1.0f : static_cast<float>(1.0 / s.temperature);
-  return scale(y, inverse > FLT_MIN ? inverse : FLT_MIN, a.V, w.z, maximum);
+  return scale(y, inverse > FLT_MIN ? inverse : FLT_MIN, w.z, row);
 }
 
 // ---- step 3: masses ----
 
-Sums sum_masses(const Row& row, uint64_t* block_mass, Bins* bins) {
+Sums sum_masses(const Row& row, uint64_t* block_mass) {
   Sums total = {0, 0};
-  if (bins != nullptr) *bins = Bins{};
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const float* z = row.z + begin;
     const int64_t n = block_size(begin, row.V);
-    uint64_t mass[kBlock], sum = 0, weighted = 0;
+    float mass[kBlock];
+    for (int64_t i = 0; i < n; ++i) mass[i] = exp_mass(z[i] - row.maximum);
+    uint64_t sum = 0, weighted = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const float d = z[i] - row.maximum, rounded = exp_mass(d);
-      mass[i] = round_to_integer(rounded);
-      sum += mass[i];
-      weighted += weighted_mass(rounded, d);
+      sum += round_to_integer(mass[i]);
+      weighted += weighted_mass(mass[i], z[i] - row.maximum);
     }
     block_mass[begin / kBlock] = sum;
     total.mass += sum;
     total.weighted += weighted;
-    if (bins == nullptr) continue;
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t digit = digits_of(z[i]) >> kDigitShift;
-      ++bins->count[digit];
-      bins->mass[digit] += mass[i];
-    }
   }
   return total;
 }
@@ -172,17 +163,17 @@ Sums sum_kept(const Row& row, const Candidate* kept, int64_t n) {
 
 // ---- step 4: filters ----
 
-// Of the n tokens in w.kept, keeps the shortest prefix, by value(token) descending, with a fraction p of their mass;
-// and of that, what has at least the mass `least`. The number left.
-template <class Value>
-int64_t keep_prefix(const Workspace& w, int64_t n, double p, uint64_t mass, uint64_t least, const Value& value) {
-  for (int64_t i = 0; i < n; ++i) w.work[i] = {value(w.kept[i]), w.kept[i].id, w.kept[i].mass};
-  const Prefix prefix = shortest_prefix(w.work, n, fraction_of_mass(p, mass));
+int64_t keep_mass(const Workspace& w, int64_t n, uint64_t needed) {
+  return keep_prefix(w.kept, n, needed, w.work, [](const Candidate& c) { return c; });
+}
+
+int64_t keep_min_p(const Workspace& w, int64_t n, double p) {
+  const uint64_t least = fraction_of_mass(p, kFullMass);
   int64_t size = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Candidate c = w.kept[i];
     w.kept[size] = c;
-    size += prefix.keeps(value(c), c.id) & (c.mass >= least);
+    size += c.mass >= least;
   }
   return size;
 }
@@ -190,35 +181,37 @@ int64_t keep_prefix(const Workspace& w, int64_t n, double p, uint64_t mass, uint
 int64_t keep_typical(const Row& row, const Workspace& w, int64_t n, double p) {
   const Sums sums = sum_kept(row, w.kept, n);
   const double mean = static_cast<double>(sums.weighted) / static_cast<double>(sums.mass);
-  return keep_prefix(w, n, p, sums.mass, 0, [&](const Candidate& c) {
+  return keep_prefix(w.kept, n, fraction_of_mass(p, sums.mass), w.work, [&](const Candidate& c) {
     const double x = -static_cast<double>(c.value - row.maximum);
-    return 0.0f - static_cast<float>(std::fabs(x - mean));
+    return Candidate{0.0f - static_cast<float>(std::fabs(x - mean)), c.id, c.mass};
   });
 }
 
 // Lists in w.kept the tokens that pass every filter; k = 0 keeps all. The number of them.
 int64_t filter(const Row& row, const SampleSettings& s, const Workspace& w, int64_t k, uint64_t mass) {
-  const uint64_t least = s.min_p > 0 ? fraction_of_mass(s.min_p, kFullMass) : 0;
-  Prefix prefix = kEveryToken;
+  int64_t n = k;
   if (k == 1) {
-    prefix = first_of_order(row);
-  } else if (k > 1) {
-    prefix = row_prefix(row, *w.bins, static_cast<uint64_t>(k), true, w.work);
+    w.kept[0] = {row.maximum, first_of_order(row), kFullMass};
+    return 1;  // the other filters keep it
+  }
+  if (k > 1) {
+    list_first(row, k, w.y, w.work, w.kept);
+    if (s.top_p < 1) n = keep_mass(w, n, fraction_of_mass(s.top_p, sum_kept(row, w.kept, n).mass));
   } else if (s.top_p < 1) {
-    prefix = row_prefix(row, *w.bins, fraction_of_mass(s.top_p, mass), false, w.work);
+    const uint64_t needed = fraction_of_mass(s.top_p, mass);
+    // All tokens of less mass than this cannot hold together what the prefix leaves out.
+    n = list_mass(row, (mass - needed) / static_cast<uint64_t>(row.V), w.kept);
+    n = keep_mass(w, n, needed);
+  } else {
+    n = list_mass(row, s.min_p > 0 ? fraction_of_mass(s.min_p, kFullMass) : 0, w.kept);
   }
-  const bool p_follows = k > 0 && s.top_p < 1;
-  int64_t n = gather_prefix(row, prefix, p_follows ? 0 : least, w.kept);
-  if (p_follows) {
-    const uint64_t of_these = sum_kept(row, w.kept, n).mass;
-    n = keep_prefix(w, n, s.top_p, of_these, least, [](const Candidate& c) { return c.value; });
-  }
+  if (s.min_p > 0) n = keep_min_p(w, n, s.min_p);
   return s.typical_p < 1 ? keep_typical(row, w, n, s.typical_p) : n;
 }
 
 // ---- step 5 and the results ----
 
-Draw draw_any(const Row& row, const uint64_t* block_mass, uint64_t u, uint64_t mass, int64_t num_live) {
+Draw draw_any(const Row& row, const uint64_t* block_mass, uint64_t u, uint64_t mass) {
   uint64_t target = multiply_high(u, mass);
   int64_t begin = 0;
   while (block_mass[begin / kBlock] <= target) {
@@ -229,7 +222,7 @@ Draw draw_any(const Row& row, const uint64_t* block_mass, uint64_t u, uint64_t m
   masses(row.z + begin, block_size(begin, row.V), row.maximum, in_block);
   int64_t i = 0;
   while (in_block[i] <= target) target -= in_block[i++];
-  return {begin + i, num_live, mass};
+  return {begin + i, row.num_live, mass};
 }
 
 Draw draw_kept(const Candidate* kept, int64_t n, uint64_t u) {
@@ -241,17 +234,15 @@ Draw draw_kept(const Candidate* kept, int64_t n, uint64_t u) {
   return {kept[i].id, n, mass};
 }
 
-void write_top(const Sample& a, int64_t b, const Row& row, const Workspace& w, int64_t num_live, double log_total) {
-  const int64_t n = a.num_logprobs < num_live ? a.num_logprobs : num_live;
+void write_top(const Sample& a, int64_t b, const Row& row, const Workspace& w, double log_total) {
+  const int64_t n = a.num_logprobs < row.num_live ? a.num_logprobs : row.num_live;
   int64_t* ids = a.top_ids + b * a.num_logprobs;
   float* logprobs = a.top_logprobs + b * a.num_logprobs;
-  if (n > 0) {
-    gather_prefix(row, row_prefix(row, *w.bins, static_cast<uint64_t>(n), true, w.work), 0, w.work);
-    sort_by_order(w.work, n);
-  }
+  list_first(row, n, w.y, w.work, w.kept);
+  sort_by_order(w.kept, n);
   for (int64_t i = 0; i < n; ++i) {
-    ids[i] = w.work[i].id;
-    logprobs[i] = static_cast<float>(static_cast<double>(w.work[i].value - row.maximum) - log_total);
+    ids[i] = w.kept[i].id;
+    logprobs[i] = static_cast<float>(static_cast<double>(w.kept[i].value - row.maximum) - log_total);
   }
   for (int64_t i = n; i < a.num_logprobs; ++i) {
     ids[i] = -1;
@@ -271,19 +262,17 @@ void write_invalid(const Sample& a, int64_t b) {
 
 void sample_row(const Sample& a, int64_t b, const Workspace& w) {
   const SampleSettings& s = a.settings[b * a.settings_stride];
-  Row row = {w.z, a.V, 0};
-  if (!logits_to_z(a, s, b, w, &row.maximum)) return write_invalid(a, b);
-  const int64_t num_live = count_above(row, -INFINITY);
+  Row row = {w.z, a.V, 0, 0};
+  if (!logits_to_z(a, s, b, w, &row)) return write_invalid(a, b);
   const double wanted = is_greedy(s) ? 1 : s.top_k;
-  const int64_t k = wanted < static_cast<double>(num_live) ? static_cast<int64_t>(wanted) : 0;
+  const int64_t k = wanted < static_cast<double>(row.num_live) ? static_cast<int64_t>(wanted) : 0;
   const bool filtered = k > 0 || s.top_p < 1 || s.min_p > 0 || s.typical_p < 1;
-  const bool ordered = k > 1 || (k == 0 && s.top_p < 1) || a.num_logprobs > 0;
 
-  const Sums all = sum_masses(row, w.block_mass, ordered ? w.bins : nullptr);
+  const Sums all = sum_masses(row, w.block_mass);
   const uint64_t u = philox_u64(static_cast<uint64_t>(a.seeds[b * a.seed_stride]), Purpose::kSample,
                                 static_cast<uint64_t>(a.positions[b]));
-  const Draw drawn = filtered ? draw_kept(w.kept, filter(row, s, w, k, all.mass), u)
-                              : draw_any(row, w.block_mass, u, all.mass, num_live);
+  const Draw drawn =
+      filtered ? draw_kept(w.kept, filter(row, s, w, k, all.mass), u) : draw_any(row, w.block_mass, u, all.mass);
 
   const double d = row.z[drawn.token] - row.maximum, log_total = log_mass(all.mass);
   a.token[b] = drawn.token;
@@ -292,7 +281,7 @@ void sample_row(const Sample& a, int64_t b, const Workspace& w) {
   a.rank[b] = rank_of(row, drawn.token);
   a.num_kept[b] = drawn.num_kept;
   a.entropy[b] = static_cast<float>(log_total + static_cast<double>(all.weighted) / static_cast<double>(all.mass));
-  if (a.num_logprobs > 0) write_top(a, b, row, w, num_live, log_total);
+  if (a.num_logprobs > 0) write_top(a, b, row, w, log_total);
 }
 
 void execute(const Sample& a, const Parallel& parallel) {
