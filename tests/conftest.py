@@ -42,6 +42,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of many small problems: two threads waiting for each other on a busy machine take ten times longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def on_threads() -> Iterator:
     """``on_threads(n, f)`` is f() on n threads."""
     before = torch.get_num_threads()

@@ -94,7 +94,12 @@ def test_missing_or_damaged_library(tmp_path, damage):
     shutil.copytree(ROOT / "llmkern", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if damage == "corrupt":
         (package / LIBRARY.name).write_bytes(b"not a library" * 1000)
-    result = python("import llmkern", folder=tmp_path)
+    # An editable install knows where the real library is and would lend it to the damaged copy.
+    program = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
+        "import llmkern"
+    )
+    result = python(program, folder=tmp_path)
     assert result.returncode == 1
     message = result.stderr[result.stderr.rindex("\nImportError") :]
     assert "llmkern: could not load the native library llmkern/_C.abi3.so." in message

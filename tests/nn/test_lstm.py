@@ -12,6 +12,7 @@ from torch import nn
 import llmkern
 from tests.conftest import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 T, B, I, H = 5, 3, 7, 9  # noqa: E741
 STRUCTURES = [
     dict(zip(("num_layers", "bias", "batch_first", "bidirectional"), values, strict=True))

@@ -14,6 +14,8 @@ import llmkern
 from llmkern import _reference
 from tests.conftest import assert_close, assert_no_less_accurate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # N, D, V: one feature, primes, the widths of classic language models, more rows than a block of the matrix
 # product has, a vocabulary that needs several chunks of rows with a ragged last one, a chunk of the least size.
 SMALL_SHAPES = [(3, 1, 2), (7, 5, 3), (530, 3, 17)]

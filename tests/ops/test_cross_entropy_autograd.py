@@ -8,6 +8,8 @@ import llmkern
 from tests.conftest import assert_close
 from tests.ops.test_cross_entropy import OPTIONS, REDUCTIONS, arguments_of, torch_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = (5, 3, 4)
 CODES = {"none": 0, "mean": 1, "sum": 2}
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import llmkern
 from tests.conftest import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def gradients(loss, input, weight, target, upstream):
     input, weight = input.clone().requires_grad_(), weight.clone().requires_grad_()

@@ -12,6 +12,8 @@ import llmkern
 from llmkern import _reference
 from tests.conftest import TOLERANCE, assert_close, assert_no_less_accurate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # T, B, I, H: ones, primes, the widths of classic language models, more than one block of the matrix product in each of
 # its three sizes (512 rows, 256 terms, 32 columns), and an empty batch.
 SMALL_SHAPES = [(1, 1, 1, 1), (5, 3, 7, 13), (3, 9, 300, 33), (61, 9, 3, 5), (3, 0, 4, 5)]
