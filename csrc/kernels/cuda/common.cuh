@@ -1,5 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every CUDA kernel shares: one checked way to launch.
+// What every CUDA kernel shares: one checked way to launch, and the sums and scans over a warp or a block.
+//
+// A .cu source has two compilers: nvcc, and the host's compiler with tests/simt/include first in its path, which runs
+// kernels thread by thread on machines without a GPU (tests/simt/README.md). So a source
+//   - launches through launch() alone (no <<<>>>),
+//   - takes dynamic shared memory from shared_memory<T>(),
+//   - says `#if LLMKERN_ARCH >= 900` where it means the architecture,
+//   - leaves PTX to the wrappers of async.cuh and matrix.cuh.
+// Everything else is plain CUDA; grids and clusters synchronise through <cooperative_groups.h>.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,23 +15,212 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+
+// The architecture device code is compiled for, 0 in nvcc's pass over the host code.
+#if defined(LLMKERN_SIMT)
+#define LLMKERN_ARCH LLMKERN_SIMT
+#elif defined(__CUDA_ARCH__)
+#define LLMKERN_ARCH __CUDA_ARCH__
+#else
+#define LLMKERN_ARCH 0
+#endif
 
 namespace llmkern::cuda {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Launches kernel<<<grid, block, shared_bytes, stream>>>(args) and turns a failed launch into an exception that names
-// the operation and the launch shape.
-template <class Args>
-void launch(const char* operation, void (*kernel)(Args), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-            const Args& args) {
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
-  const cudaError_t status = cudaGetLastError();
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- launching ------------------------------------------------------------------------------------------------------
+
+// A grid of `wanted` blocks but no more than `most`: kernels stride over their work, so that its size has no limit.
+constexpr unsigned grid_size(int64_t wanted, int64_t most = 1 << 16) {
+  return static_cast<unsigned>(wanted < most ? wanted : most);
+}
+
+struct LaunchShape {
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes = 0;   // dynamic shared memory of a block
+  bool cooperative = false;  // all blocks resident at once: this_grid().sync() is allowed
+  unsigned cluster = 1;      // blocks of a cluster, along x; above 1 needs compute capability 9.0
+};
+
+inline void check(cudaError_t status, const char* operation, const std::string& what) {
   if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string("llmkern.") + operation + ": launch of grid (" + std::to_string(grid.x) + ", " +
-                           std::to_string(grid.y) + ", " + std::to_string(grid.z) + "), block " +
-                           std::to_string(block.x) + ", " + std::to_string(shared_bytes) +
-                           " bytes of shared memory failed: " + cudaGetErrorString(status));
+  cudaGetLastError();  // ours now: the next caller must not find it
+  throw std::runtime_error(std::string("llmkern.") + operation + ": " + what +
+                           " failed: " + cudaGetErrorString(status));
+}
+
+inline std::string text(const LaunchShape& shape) {
+  const auto sizes = [](dim3 d) {
+    return std::string("(") + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+  };
+  return std::string("launch of grid ") + sizes(shape.grid) + ", block " + sizes(shape.block) + ", " +
+         std::to_string(shape.shared_bytes) + " bytes of dynamic shared memory" +
+         (shape.cluster > 1 ? ", clusters of " + std::to_string(shape.cluster) : "") +
+         (shape.cooperative ? ", cooperative" : "");
+}
+
+// More than the 48 KiB (or the 8 blocks a cluster) every device has must be asked for, kernel by kernel.
+template <class... Parameters>
+cudaError_t allow(void (*kernel)(Parameters...), const LaunchShape& shape) {
+  constexpr size_t kEverywhere = 48 << 10;
+  constexpr unsigned kPortableCluster = 8;
+  cudaError_t status = cudaSuccess;
+  if (shape.shared_bytes > kEverywhere) {
+    status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+  }
+  if (status == cudaSuccess && shape.cluster > kPortableCluster) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return status;
+}
+
+// launch("embedding", kernel<T>, {.grid = blocks, .block = kThreads}, stream, arguments...)
+//
+// A launch that fails throws std::runtime_error with the operation and the launch shape.
+template <class... Parameters>
+void launch(const char* operation, void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+            const std::type_identity_t<Parameters>&... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  if (shape.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = shape.cluster;
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs++].val.clusterDim.z = 1;
+  }
+  cudaError_t status = allow(kernel, shape);
+  if (status == cudaSuccess) status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  check(status, operation, text(shape));
+}
+
+inline int device_attribute(const char* operation, cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), operation, "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), operation, "cudaDeviceGetAttribute");
+  return value;
+}
+
+// 80 for compute capability 8.0, 90 for 9.0, of the current device.
+inline int compute_capability(const char* operation) {
+  return 10 * device_attribute(operation, cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(operation, cudaDevAttrComputeCapabilityMinor);
+}
+
+// The most blocks of this shape that the current device holds at once: the limit of a cooperative grid.
+template <class... Parameters>
+int64_t resident_blocks(const char* operation, void (*kernel)(Parameters...), const LaunchShape& shape) {
+  int blocks = 0;
+  const int threads = static_cast<int>(shape.block.x * shape.block.y * shape.block.z);
+  check(allow(kernel, shape), operation, text(shape));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shape.shared_bytes), operation,
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return int64_t{blocks} * device_attribute(operation, cudaDevAttrMultiProcessorCount);
+}
+
+// ---- on the device --------------------------------------------------------------------------------------------------
+
+// The block's dynamic shared memory, aligned to 128 bytes. One array: a kernel that needs several divides it.
+template <class T>
+__device__ T* shared_memory() {
+#ifdef LLMKERN_SIMT
+  return static_cast<T*>(simt::dynamic_shared_memory());
+#else
+  extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+  return reinterpret_cast<T*>(dynamic_shared_memory);
+#endif
+}
+
+// N neighbours that are loaded or stored by one instruction (at most 16 bytes; the address must be so aligned).
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  static_assert(sizeof(T) * N <= 16);
+  T x[N];
+};
+
+// Blocks here are one-dimensional and whole warps.
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
+
+struct Plus {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Maximum {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a < b ? b : a;
+  }
+};
+
+// The reduction over the warp, in every lane, with the same bits in each (operation commutes: a butterfly).
+template <class T, class Operation>
+__device__ T warp_reduce(T value, Operation operation) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value = operation(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  return value;
+}
+
+// Lane l gets the reduction of lanes 0..l (Hillis & Steele 1986).
+template <class T, class Operation>
+__device__ T warp_scan(T value, Operation operation) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const T before = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane_index() >= distance) value = operation(before, value);
+  }
+  return value;
+}
+
+// The reduction over the block, in every thread, always in the same order. Every thread of the block must call it.
+template <int kThreads, class T, class Operation>
+__device__ T block_reduce(T value, Operation operation) {
+  static_assert(kThreads % kWarp == 0);
+  __shared__ T of_warp[kThreads / kWarp];
+  value = warp_reduce(value, operation);
+  if constexpr (kThreads == kWarp) return value;
+  __syncthreads();  // of_warp may still be read by an earlier call
+  if (lane_index() == 0) of_warp[warp_index()] = value;
+  __syncthreads();
+  value = of_warp[0];
+  for (int warp = 1; warp < kThreads / kWarp; ++warp) value = operation(value, of_warp[warp]);
+  return value;
+}
+
+// Thread t gets the reduction of threads 0..t. Every thread of the block must call it.
+template <int kThreads, class T, class Operation>
+__device__ T block_scan(T value, Operation operation) {
+  static_assert(kThreads % kWarp == 0);
+  __shared__ T of_warp[kThreads / kWarp];
+  value = warp_scan(value, operation);
+  if constexpr (kThreads == kWarp) return value;
+  __syncthreads();  // of_warp may still be read by an earlier call
+  if (lane_index() == kWarp - 1) of_warp[warp_index()] = value;
+  __syncthreads();
+  if (warp_index() == 0) return value;
+  T before = of_warp[0];
+  for (int warp = 1; warp < warp_index(); ++warp) before = operation(before, of_warp[warp]);
+  return operation(before, value);
 }
 
 }  // namespace llmkern::cuda

@@ -11,9 +11,8 @@ namespace llmkern::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 1 << 16;  // blocks stride over rows, so that N has no limit
 
-// One block copies one row at a time, one element a thread.
+// One block copies one row at a time, one element a thread; blocks stride over rows.
 template <class T, class Index>
 __global__ void __launch_bounds__(kThreads) embedding_forward(EmbeddingForward<T, Index> a) {
   for (int64_t n = blockIdx.x; n < a.N; n += gridDim.x) {
@@ -28,8 +27,7 @@ __global__ void __launch_bounds__(kThreads) embedding_forward(EmbeddingForward<T
 template <class T, class Index>
 void execute(const EmbeddingForward<T, Index>& a, void* stream) {
   if (a.N == 0 || a.D == 0) return;
-  const int64_t blocks = a.N < kMaxBlocks ? a.N : kMaxBlocks;
-  launch("embedding", embedding_forward<T, Index>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, a);
+  launch("embedding", embedding_forward<T, Index>, {.grid = grid_size(a.N), .block = kThreads}, stream, a);
 }
 
 }  // namespace
