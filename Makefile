@@ -3,8 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The version of torch to develop with; the built library serves every torch from 2.10 up.
 TORCH ?= torch==2.13.0
-# One architecture keeps the tests' build short. A wheel gets all of them: see setup.py.
-export TORCH_CUDA_ARCH_LIST ?= 9.0a
+# Two architectures, the oldest and the one with a code path of its own, keep the tests' build short. A wheel gets all of
+# them: see setup.py.
+export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0a
 export MAX_JOBS ?= $(shell nproc)
 # Warnings are errors in our own code.
 export LLMKERN_STRICT ?= 1

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -148,26 +149,27 @@ class Build(BuildExtension):
         return objects
 
     def cuda_objects(self):
-        nvcc = os.path.join(CUDA[0], "bin", "nvcc")
-        objects = []
-        for source in sorted(glob.glob("csrc/kernels/cuda/*.cu")):
-            target = Path(self.build_temp, "cuda", Path(source).stem + ".o")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if self.force or newer_group([source, "setup.py", *HEADERS], str(target)):
-                command = [
-                    nvcc,
-                    *NVCC_FLAGS,
-                    f"-t{JOBS}",
-                    *architecture_flags(),
-                    "-c",
-                    source,
-                    "-o",
-                    str(target),
-                ]
-                print(" ".join(command))
-                subprocess.run(command, check=True)
-            objects.append(str(target))
-        return objects
+        sources = sorted(glob.glob("csrc/kernels/cuda/*.cu"))
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = {source: str(folder / f"{Path(source).stem}.o") for source in sources}
+        stale = [
+            source
+            for source, target in targets.items()
+            if self.force or newer_group([source, "setup.py", *HEADERS], target)
+        ]
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(lambda source: compile_cuda(source, targets[source], len(stale)), stale))
+        return list(targets.values())
+
+
+def compile_cuda(source, target, sources):
+    """One of so many sources that are compiled at once; the architectures share what is left of the jobs."""
+    nvcc = os.path.join(CUDA[0], "bin", "nvcc")
+    threads = max(1, JOBS // sources)
+    command = [nvcc, *NVCC_FLAGS, f"-t{threads}", *architecture_flags(), "-c", source]
+    print(" ".join([*command, "-o", target]))
+    subprocess.run([*command, "-o", target], check=True)
 
 
 def torch_extension():

@@ -6,6 +6,7 @@ function a test. So the harness holds the stopwatch, and pytest-benchmark is han
 clock that replays them: its statistics, ``--benchmark-json`` and ``--benchmark-compare`` work on what was measured.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import cached_property
@@ -24,6 +25,7 @@ from llmkern.benchmark import (
     document,
     measure,
     measure_ceilings,
+    measure_cuda_ceilings,
     summary,
     table,
     write_document,
@@ -48,13 +50,15 @@ class ReplayClock:
 class Run:
     """What one pytest session measures."""
 
-    def __init__(self, protocol: Protocol) -> None:
+    def __init__(self, protocol: Protocol, device: torch.device) -> None:
         self.protocol = protocol
+        self.device = device
+        self.began = time.monotonic()
         self.results: list[Result] = []
 
     @cached_property
     def ceilings(self) -> Ceilings:
-        return measure_ceilings()
+        return measure_cuda_ceilings() if self.device.type == "cuda" else measure_ceilings()
 
 
 REPLAY = ReplayClock()
@@ -67,21 +71,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--results", metavar="FOLDER", type=Path, default=RESULTS, help="where to write"
     )
+    group.addoption(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where, and which cases"
+    )
     group.addoption("--threads", type=int, help="number of threads; default: torch's")
     group.addoption(
         "--seconds", type=float, default=Protocol.seconds, help="time for the rounds of a case"
     )
+    group.addoption("--stop-after", metavar="SECONDS", type=float, help="begin no case after that")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    config.stash[RUN] = Run(Protocol(seconds=config.getoption("--seconds")))
+    device = torch.device(config.getoption("--device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no GPU")
+    config.stash[RUN] = Run(Protocol(seconds=config.getoption("--seconds")), device)
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every bench file has its cases in CASES, by device."""
+    if "case" in metafunc.fixturenames:
+        cases = metafunc.module.CASES[metafunc.config.getoption("--device")]
+        metafunc.parametrize("case", cases, ids=str)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.benchmark(timer=REPLAY))
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    limit, run = item.config.getoption("--stop-after"), item.config.stash[RUN]
+    if limit is not None and time.monotonic() - run.began > limit:
+        item.session.shouldstop = f"--stop-after {limit:g}: the other cases were not measured"
 
 
 @pytest.fixture
@@ -92,11 +116,11 @@ def run_case(benchmark, request: pytest.FixtureRequest) -> Callable[[Case], None
     def run_case(case: Case) -> None:
         torch.manual_seed(0)
         if benchmark.disabled:
-            benchmark.pedantic(check, args=(case,))
+            benchmark.pedantic(check, args=(case, run.device))
             return
         # Before the first case, so that the machine is as warm for one as for the other.
         ceilings = run.ceilings
-        result = measure(case, run.protocol)
+        result = measure(case, run.protocol, device=run.device)
         run.results.append(result)
         samples = result.timings[OURS].samples
         benchmark.group = case.family

@@ -4,15 +4,18 @@
 No test here depends on how fast anything is: where durations matter, the clock is made of arithmetic.
 """
 
+import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks import compare
 from llmkern import benchmark, ops
 from llmkern.benchmark import (
     Case,
@@ -23,6 +26,7 @@ from llmkern.benchmark import (
     Protocol,
     Workload,
     cross_entropy,
+    device,
     embedding,
     lstm,
     sampling,
@@ -34,7 +38,8 @@ from llmkern.cli import bench as bench_command
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = [embedding, lstm, cross_entropy, sampling, training]
 # Round numbers: 100 operations/s; 10 bytes/s near, 5 read and 4 copied far.
-CEILINGS = Ceilings(1, 0.0, 100.0, (Level("L2", 1000, 10, 10), Level("DRAM", float("inf"), 5, 4)))
+LEVELS = (Level("L2", 1000, 10, 10), Level("DRAM", float("inf"), 5, 4))
+CEILINGS = Ceilings(1, 0.0, {torch.float32: 100.0, torch.bfloat16: 800.0}, LEVELS)
 
 
 class FakeMachine:
@@ -145,7 +150,16 @@ def test_document_is_strict_json_and_replaces_a_file_whole_or_not_at_all(tmp_pat
     benchmark.write_document(path, run)
     read = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert read == run
-    assert {"command", "date", "threads", "machine", "software", "ceilings"} <= read.keys()
+    assert {
+        "command",
+        "date",
+        "device",
+        "gpu",
+        "threads",
+        "machine",
+        "software",
+        "ceilings",
+    } <= read.keys()
     assert read["machine"]["cpu"] and read["software"]["torch"] == torch.__version__
     peer = read["results"][0]["contenders"]["peer"]
     assert peer["llmkern_speedup"] == pytest.approx(3.0) and len(peer["samples_ms"]) == 5
@@ -155,9 +169,145 @@ def test_document_is_strict_json_and_replaces_a_file_whole_or_not_at_all(tmp_pat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_sixteen_bits_have_a_ceiling_and_a_name_of_their_own() -> None:
+    phases = [Phase("all", flops=1600, bytes=1, working_set=1)]
+    case = Case("fake", "case", lambda: Workload({}, max), phases, dtype=torch.bfloat16)
+    assert CEILINGS.floor(case) == pytest.approx(2.0)
+    assert CEILINGS.bound(case) == ("tensor cores", 800.0)
+    wide, narrow = lstm.decode(512), lstm.decode(512, dtype=torch.bfloat16)
+    assert (wide.name, narrow.name) == ("decode-H512-B1", "decode-H512-B1-bfloat16")
+    assert narrow.flops == wide.flops and narrow.bytes == wide.bytes / 2
+    exact, close = torch.tensor([1.0]), torch.tensor([1.1])
+    tensors = {"llmkern": [exact], "peer": [close], "peer, graph": [close]}
+    assert benchmark.agreement(1e-6, looser={"peer": 0.2})(tensors) == 0.0
+    with pytest.raises(RuntimeError, match=r"within 5\.0e-02 of peer"):
+        benchmark.agreement(1e-6, looser={"peer": 0.05})(tensors)
+
+
+def test_cold_cases_of_a_gpu_are_measured_by_its_memory() -> None:
+    """By the same case, a CPU's is measured by the cache that its data fit in."""
+    phases = [Phase("all", bytes=30, working_set=30)]
+    case = Case("fake", "case", lambda: Workload({}, max), phases, cold=True)
+    assert CEILINGS.bound(case) == ("read L2", 10)
+    gpu = replace(CEILINGS, device=torch.device("cuda"))
+    assert gpu.bound(case) == ("read DRAM", 5)
+    assert gpu.bound(replace(case, cold=False)) == ("read L2", 10)
+
+
+def test_a_cold_case_is_built_so_often_that_the_cache_cannot_hold_it() -> None:
+    case = Case("fake", "case", lambda: Workload({}, max), [Phase("all", bytes=100)], cold=True)
+    assert device.copies_needed(case, cache=1000) == 31
+    assert device.copies_needed(case, cache=10**9) == 256
+    assert device.copies_needed(replace(case, cold=False), cache=1000) == 1
+
+
+def test_runs_take_their_inputs_in_turn_and_the_check_sees_the_first() -> None:
+    log = []
+
+    def workload(i: int) -> Workload:
+        def contender(name: str) -> Contender:
+            return Contender(lambda: log.append((name, i)) or torch.tensor([float(i)]))
+
+        return Workload(
+            {name: contender(name) for name in ("llmkern", "peer")}, benchmark.agreement(0.0)
+        )
+
+    turns = device.in_turn([workload(i) for i in range(3)])
+    assert turns.copies == 3
+    for _ in range(4):
+        turns.contenders["llmkern"].run()
+    turns.contenders["peer"].run()
+    assert log == [("llmkern", 0), ("llmkern", 1), ("llmkern", 2), ("llmkern", 0), ("peer", 0)]
+
+
+def test_graphs_stand_beside_what_they_were_made_of_and_compete_with_each_other() -> None:
+    machine = FakeMachine(llmkern=4.0, peer=2.0, waits=1.0, breaks=1.0)
+    workload = machine.case().build()
+    contenders = dict(workload.contenders)
+    contenders["waits"] = replace(contenders["waits"], capturable=False)
+
+    def capture(contender: Contender) -> Contender:
+        if contender is contenders["breaks"]:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return contender
+
+    graphs = device.with_graphs(replace(workload, contenders=contenders), capture)
+    added = [name for name in graphs.contenders if name.endswith(", graph")]
+    assert added == ["llmkern, graph", "peer, graph"]
+    assert graphs.absent == {
+        "breaks, graph": "RuntimeError: operation not permitted when stream is capturing"
+    }
+    samples = {"llmkern": [4.0], "peer": [2.0], "llmkern, graph": [1.0], "peer, graph": [3.0]}
+    timings = {name: benchmark.Timing(values, 1) for name, values in samples.items()}
+    result = benchmark.Result(machine.case(), 0.0, timings, absent=graphs.absent)
+    assert result.speedup("peer").median == 0.5
+    assert result.speedup("peer, graph").median == 3.0
+    shown = benchmark.summary(result, CEILINGS)
+    assert "llmkern_speedup" not in shown["contenders"]["llmkern, graph"]
+    assert "case: no breaks, graph: RuntimeError" in benchmark.table([result], CEILINGS)
+
+
+def test_a_peer_that_cannot_is_absent_but_llmkern_must() -> None:
+    def broken() -> torch.Tensor:
+        raise NotImplementedError("not for BFloat16")
+
+    machine = FakeMachine(llmkern=1.0, peer=1.0)
+    contenders = dict(machine.case().build().contenders)
+    for name in ("peer", "llmkern"):
+        workload = Workload(contenders | {name: Contender(broken)}, benchmark.agreement(0.0))
+        case = Case("fake", "case", lambda w=workload: w, [Phase("all", flops=50)])
+        if name == "peer":
+            result = benchmark.measure(case, Protocol(max_rounds=5), machine)
+            assert list(result.timings) == ["llmkern"]
+            assert result.absent == {"peer": "NotImplementedError: not for BFloat16"}
+        else:
+            with pytest.raises(NotImplementedError):
+                benchmark.measure(case, Protocol(), machine)
+
+
+def test_clock_of_a_gpu_adds_up_what_its_events_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, later: "Event") -> float:
+            return torch.tensor((later.at - self.at) * 1e3, dtype=torch.float32).item()
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = device.EventClock()
+    now = 3600.0
+    start = clock()
+    now += 5e-6  # five microseconds, an hour after the first event
+    assert clock() - start == pytest.approx(5e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["lstm", "cross_entropy", "embedding", "sampling", "training"])
+def test_both_devices_have_cases_with_names_of_their_own(family: str) -> None:
+    cases = importlib.import_module(f"benchmarks.bench_{family}").CASES
+    assert cases.keys() == {"cpu", "cuda"}
+    for mine in cases.values():
+        names = [case.name for case in mine]
+        assert len(set(names)) == len(names) > 0
+        assert all(CEILINGS.floor(replace(case, dtype=torch.float32)) > 0 for case in mine)
+
+
+def test_a_gpu_is_asked_for_in_vain_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, ["bench", "embedding", "--device", "cuda"])
+    assert result.exit_code == 2 and "expected a GPU for --device cuda" in result.output
+
+
 def test_ceilings_are_measured_from_near_to_far() -> None:
     ceilings = benchmark.measure_ceilings(seconds=0.0)
-    assert ceilings.peak > 0 and ceilings.threads == torch.get_num_threads()
+    assert ceilings.peaks[torch.float32] > 0 and ceilings.threads == torch.get_num_threads()
     assert all(level.read > 0 and level.copy > 0 for level in ceilings.levels)
     capacities = [level.capacity for level in ceilings.levels]
     assert capacities == sorted(capacities) and capacities[-1] == float("inf")
@@ -214,6 +364,44 @@ def test_command_prints_a_table_and_writes_json(
     assert "### embedding" in result.output and "F.embedding" in result.output
     names = [entry["case"] for entry in json.loads(path.read_text())["results"]]
     assert names == [case.name for case in embedding.QUICK]
+
+
+def test_one_line_a_case_names_the_fastest_peer_and_the_fastest_graph() -> None:
+    seconds = {"llmkern": 4.0, "slow": 9.0, "fast": 2.0}
+    seconds |= {"llmkern, graph": 1.0, "slow, graph": 3.0, "fast, graph": 1.5}
+    timings = {name: benchmark.Timing([s * 1e-3] * 3, 1) for name, s in seconds.items()}
+    case = FakeMachine(llmkern=1.0, peer=1.0).case()
+    summary = benchmark.summary(benchmark.Result(case, 0.0, timings), CEILINGS)
+    (row,) = compare.rows({"results": [summary]})
+    assert row[:-1] == ("fake case", "4.0000", "fast", "0.50x", "1.0000", "1.50x")
+    assert row[-1] == "50000% of FMA"
+
+
+def test_stopped_early_a_run_reports_what_it_measured(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_embedding.py", "-o", "addopts="]
+    command += ["-p", "no:cacheprovider", "-k", "D200", "--seconds", "0", "--stop-after", "0"]
+    done = subprocess.run(
+        [*command, "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout + done.stderr
+    assert "--stop-after 0: the other cases were not measured" in done.stdout
+    (path,) = (tmp_path / "local").iterdir()
+    (only,) = json.loads(path.read_text())["results"]
+    assert only["case"] == "forward-V10000-D200-N400"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "facts nonsense"], "expected parts among facts, tests, sanitizer and"),
+        (["--what"], "unknown option --what"),
+        (["/nonexistent"], "/nonexistent does not exist"),
+    ],
+)
+def test_the_script_for_a_gpu_refuses_what_it_does_not_know(arguments, message) -> None:
+    script = ROOT / "benchmarks" / "gpu.sh"
+    done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
 
 
 def test_pytest_benchmark_reports_the_same_samples(tmp_path: Path) -> None:

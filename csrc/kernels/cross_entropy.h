@@ -16,10 +16,16 @@
 // x [N, D], weight [V, D], bias and class_weight [V], target and lse [N]. Saved: lse and total_weight; the backward
 // pass computes each chunk of logits again, because storing them costs more memory than the whole model. lse is float64
 // in every mode: rounded to float32, one of 1e4 would be off by up to 5e-4, and with it every probability of the row.
-// Targets must be in [0, V) or ignore_index; the binding checks it.
+// Targets must be in [0, V) or ignore_index; the CPU binding checks it. On CUDA the products are the framework's, a
+// chunk at a time; the structs at the end are what is left. There a target out of range is reported
+// (kernels/deferred.h), its row has loss NaN and no gradient. T may be 16 bit: then logits, losses and weights' sums
+// are float32 (Widened<T>).
 #pragma once
 
 #include <cstdint>
+
+#include "kernels/deferred.h"
+#include "kernels/half.h"
 
 namespace llmkern {
 
@@ -54,12 +60,68 @@ struct CrossEntropyBackward {
   Reduction reduction;
 };
 
-// Rows a chunk: the chunk stays in the last-level cache, yet has enough rows that a pass over the weights is worth it.
-inline int64_t cross_entropy_chunk_rows(int64_t N, int64_t V, int64_t element_bytes) {
-  constexpr int64_t kBudget = int64_t{16} << 20, kLeastRows = 64;
-  const int64_t fitting = kBudget / (V * element_bytes + 1);
-  const int64_t rows = fitting > kLeastRows ? fitting : kLeastRows;
-  return rows < N ? rows : N;
-}
+// How a pass over the rows is cut: as many as fit into `budget` bytes, and enough that a pass over the weights is worth
+// it.
+struct ChunkPlan {
+  int64_t budget, least_rows;
+
+  int64_t rows(int64_t N, int64_t V, int64_t element_bytes) const {
+    const int64_t fitting = budget / (V * element_bytes + 1);
+    const int64_t wanted = fitting > least_rows ? fitting : least_rows;
+    return wanted < N ? wanted : N;
+  }
+};
+constexpr ChunkPlan kCpuChunks = {int64_t{16} << 20, 64};     // stays in the last-level cache
+constexpr ChunkPlan kCudaChunks = {int64_t{256} << 20, 512};  // fills the device
+
+// CUDA: lse and loss of a chunk of rows from their logits W x, without bias. The row of target[n] is `first_row` + n.
+template <class T>
+struct CrossEntropyRows {
+  const Widened<T>* logits;        // [N, V]
+  const T *bias, *class_weight;    // [V] or null
+  const int64_t* target;           // [N]
+  double* loss;                    // [N]
+  double* lse;                     // [N]
+  const double* sum_class_weight;  // [1]: sum_v w_v; read only with class weights and label smoothing
+  int64_t N, V, first_row, ignore_index;
+  double label_smoothing;
+  DeferredError* error;
+};
+
+// CUDA: the reduction, always in the same order, by one block.
+template <class T>
+struct CrossEntropyReduce {
+  const double* row_loss;  // [N]
+  const T* class_weight;   // [V] or null
+  const int64_t* target;   // [N]
+  Widened<T>* loss;        // [N] for kNone, else [1]
+  Widened<T>* total_weight;
+  int64_t N, V, ignore_index;
+  Reduction reduction;
+};
+
+// CUDA: dl of a chunk of rows. `gradient` may be `logits` itself where the types agree.
+template <class T>
+struct CrossEntropyLogitsBackward {
+  const Widened<T>* grad_loss;     // kNone: [N] of these rows, else [1]
+  const Widened<T>* total_weight;  // [1], of the whole; read for kMean
+  const Widened<T>* logits;        // [N, V], without bias
+  const T *bias, *class_weight;    // [V] or null
+  const int64_t* target;           // [N]
+  const double* lse;               // [N]
+  const double* sum_class_weight;  // [1], as above
+  T* gradient;                     // [N, V]
+  int64_t N, V, ignore_index;
+  double label_smoothing;
+  Reduction reduction;
+};
+
+// CUDA: sum += x, what a chunk adds to a gradient; T is float or double.
+template <class T>
+struct Accumulate {
+  T* sum;      // [count]
+  const T* x;  // [count]
+  int64_t count;
+};
 
 }  // namespace llmkern

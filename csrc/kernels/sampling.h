@@ -38,6 +38,7 @@
 
 #include <cstdint>
 
+#include "kernels/deferred.h"
 #include "kernels/philox.h"
 
 namespace llmkern {
@@ -82,6 +83,19 @@ struct Sample {
   float* entropy;           // [B]
   int64_t* top_ids;         // [B, num_logprobs]
   float* top_logprobs;      // [B, num_logprobs]
+
+  // CUDA only. Settings are checked on the device: a row with one out of range is reported, and invalid.
+  void* workspace;  // sample_workspace_bytes(B, V, num_logprobs), aligned to 16 bytes
+  DeferredError* error;
 };
+
+// CUDA: z and the occurrences of every token, and room to sort the num_logprobs first tokens (a power of two of them).
+inline int64_t sample_workspace_bytes(int64_t B, int64_t V, int64_t num_logprobs) {
+  int64_t sorted = 1;
+  while (sorted < num_logprobs) sorted *= 2;
+  const int64_t whole = (V + 3) / 4 * 4;  // keeps every row aligned
+  return B * (whole * static_cast<int64_t>(sizeof(float) + sizeof(int32_t)) +
+              (num_logprobs > 0 ? sorted + 1 : 0) / 2 * 2 * static_cast<int64_t>(sizeof(uint64_t)));
+}
 
 }  // namespace llmkern

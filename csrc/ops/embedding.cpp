@@ -2,6 +2,7 @@
 // torch.ops.llmkern.embedding and its gradient: schema, checks, allocation, launch. The math is in kernels/embedding.h.
 #include "kernels/embedding.h"
 
+#include "ops/cuda.h"
 #include "ops/tensors.h"
 
 namespace llmkern::ops {
@@ -60,17 +61,22 @@ std::vector<int64_t> occurrences(const Tensor& ids, int64_t V) {
   return counts;
 }
 
+void check_gradient(const Tensor& grad, const Tensor& ids) {
+  if (grad.dim() != ids.dim() + 1) {
+    fail(kName, "expected a gradient of shape ids.shape + [D], got ", shape_text(grad), " for ids of shape ",
+         shape_text(ids));
+  }
+  const int64_t expected = ids.numel() * grad.size(grad.dim() - 1);
+  if (grad.numel() != expected) {
+    fail(kName, "expected a gradient of ", expected, " elements, got shape ", shape_text(grad));
+  }
+}
+
 Tensor embedding_backward_cpu(const Tensor& grad_any, const Tensor& ids_any, int64_t V, int64_t padding_idx,
                               bool scale_grad_by_freq) {
-  if (grad_any.dim() != ids_any.dim() + 1) {
-    fail(kName, "expected a gradient of shape ids.shape + [D], got ", shape_text(grad_any), " for ids of shape ",
-         shape_text(ids_any));
-  }
+  check_gradient(grad_any, ids_any);
   const Tensor grad = row_major(grad_any), ids = row_major(ids_any);
   const int64_t N = ids.numel(), D = grad.size(grad.dim() - 1);
-  if (grad.numel() != N * D) {
-    fail(kName, "expected a gradient of ", N * D, " elements, got shape ", shape_text(grad));
-  }
   Tensor grad_weight = empty(grad, {V, D});
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
@@ -89,24 +95,48 @@ Tensor embedding_backward_cpu(const Tensor& grad_any, const Tensor& ids_any, int
 #ifdef LLMKERN_WITH_CUDA
 Tensor embedding_cuda(const Tensor& ids_any, const Tensor& weight_any, int64_t, bool) {
   check_dim(kName, "weight", weight_any, 2);
-  const torch::stable::accelerator::DeviceGuard guard(weight_any.get_device_index());
+  const OnCuda cuda(weight_any);
   const Tensor ids = row_major(ids_any), weight = row_major(weight_any);
   const int64_t N = ids.numel(), V = weight.size(0), D = weight.size(1);
   Tensor out = torch::stable::new_empty(weight, output_shape(ids, D));
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
-    for_float_dtype(kName, "weight", weight, [&](auto value) {
+    for_cuda_dtype(kName, "weight", weight, [&](auto value) {
       using T = decltype(value);
-      cuda::run(EmbeddingForward<T, Index>{data<T>(weight), data<Index>(ids), mutable_data<T>(out), N, V, D},
-                current_cuda_stream(weight));
+      cuda::run(
+          EmbeddingForward<T, Index>{data<T>(weight), data<Index>(ids), mutable_data<T>(out), N, V, D, cuda.error()},
+          cuda.stream());
     });
   });
   return out;
+}
+
+Tensor embedding_backward_cuda(const Tensor& grad_any, const Tensor& ids_any, int64_t V, int64_t padding_idx,
+                               bool scale_grad_by_freq) {
+  check_gradient(grad_any, ids_any);
+  const OnCuda cuda(grad_any);
+  const Tensor grad = row_major(grad_any), ids = row_major(ids_any);
+  const int64_t N = ids.numel(), D = grad.size(grad.dim() - 1);
+  const auto [sorted_ids, order] = stable_sort(torch::stable::view(ids, {N}));
+  Tensor grad_weight = torch::stable::new_zeros(grad, {V, D});
+  Tensor workspace = empty(grad, {embedding_workspace_bytes(N, D)}, ScalarType::Byte);
+  for_index_dtype(kName, "ids", ids, [&](auto index) {
+    using Index = decltype(index);
+    for_cuda_dtype(kName, "the gradient", grad, [&](auto value) {
+      using T = decltype(value);
+      cuda::run(EmbeddingBackwardSorted<T, Index>{data<T>(grad), data<Index>(sorted_ids), data<int64_t>(order),
+                                                  mutable_data<T>(grad_weight), workspace.mutable_data_ptr(), N, V, D,
+                                                  padding_idx, scale_grad_by_freq, cuda.error()},
+                cuda.stream());
+    });
+  });
+  return grad_weight;
 }
 #endif
 
 }  // namespace
 
+#ifndef LLMKERN_SIMT
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   // The last two arguments matter to the gradient alone.
   m.def("embedding(Tensor ids, Tensor weight, int padding_idx, bool scale_grad_by_freq) -> Tensor");
@@ -119,9 +149,13 @@ STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
   m.impl("embedding", TORCH_BOX(&embedding_cpu));
   m.impl("embedding_backward", TORCH_BOX(&embedding_backward_cpu));
 }
+#endif
 
 #ifdef LLMKERN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CUDA, m) { m.impl("embedding", TORCH_BOX(&embedding_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) {
+  m.impl("embedding", TORCH_BOX(&embedding_cuda));
+  m.impl("embedding_backward", TORCH_BOX(&embedding_backward_cuda));
+}
 #endif
 
 }  // namespace llmkern::ops

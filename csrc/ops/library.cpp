@@ -6,11 +6,8 @@
 
 #include <sstream>
 
+#include "ops/cuda.h"
 #include "ops/tensors.h"
-
-#ifdef LLMKERN_WITH_CUDA
-#include <dlfcn.h>
-#endif
 
 namespace llmkern::ops {
 
@@ -21,25 +18,6 @@ Parallel torch_parallel() {
       },
       static_cast<int>(torch::stable::get_num_threads()));
 }
-
-#ifdef LLMKERN_WITH_CUDA
-// The function lives in libtorch_cuda, which this library must not need: a CPU build of torch has none. Where a CUDA
-// tensor exists, torch has loaded it already, so it is only looked up.
-void* current_cuda_stream(const Tensor& tensor) {
-  using CurrentStream = int32_t (*)(int32_t device_index, void** stream);
-  static const auto current_stream = []() -> CurrentStream {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    if (library == nullptr) return nullptr;
-    return reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
-  }();
-  if (current_stream == nullptr)
-    fail<std::runtime_error>("cuda", "expected a CUDA build of torch, got one without libtorch_cuda.so");
-  void* stream = nullptr;
-  if (current_stream(tensor.get_device_index(), &stream) != 0)
-    fail<std::runtime_error>("cuda", "torch gave no current CUDA stream");
-  return stream;
-}
-#endif
 
 namespace {
 
@@ -62,6 +40,15 @@ void select_cpu_isa(std::string name) {
        "' on this machine, got '", name, "'");
 }
 
+void raise_deferred_errors(int64_t device_index) {
+#ifdef LLMKERN_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device_index));
+  raise_deferred_error();
+#else
+  fail<std::runtime_error>("cuda", "expected a build with CUDA kernels for device ", device_index, ", got one without");
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
@@ -69,6 +56,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_detected() -> str");
   m.def("select_cpu_isa(str name) -> ()");
+  m.def("raise_deferred_errors(int device_index) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CompositeExplicitAutograd, m) {
@@ -76,6 +64,7 @@ STABLE_TORCH_LIBRARY_IMPL(llmkern, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isa_detected", TORCH_BOX(&cpu_isa_detected));
   m.impl("select_cpu_isa", TORCH_BOX(&select_cpu_isa));
+  m.impl("raise_deferred_errors", TORCH_BOX(&raise_deferred_errors));
 }
 
 }  // namespace llmkern::ops

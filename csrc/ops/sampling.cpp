@@ -6,6 +6,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "ops/cuda.h"
 #include "ops/tensors.h"
 
 namespace llmkern::ops {
@@ -82,43 +83,45 @@ Outputs empty_outputs(const Tensor& like, int64_t B, int64_t n) {
           make({B}, kId), make({B}, kValue), make({B, n}, kId), make({B, n}, kValue)};
 }
 
-Outputs sample_cpu(const Tensor& logits_any, const OptionalTensor& bias_any, const OptionalTensor& allowed_any,
-                   const OptionalTensor& prompt_any, const OptionalTensor& output_any, const Tensor& settings_any,
-                   const Tensor& seeds_any, const Tensor& positions_any, int64_t num_logprobs) {
-  const Tensor logits = row_major(logits_any), settings = row_major(settings_any);
-  const Tensor seeds = row_major(seeds_any), positions = row_major(positions_any);
-  const OptionalTensor bias = row_major(bias_any), allowed = row_major(allowed_any);
-  const OptionalTensor prompt = row_major(prompt_any), output = row_major(output_any);
+struct Inputs {  // row major, alive as long as the kernel's pointers
+  Tensor logits;
+  OptionalTensor bias, allowed, prompt, output;
+  Tensor settings, seeds, positions;
+};
+
+Inputs check_inputs(const Tensor& logits, const OptionalTensor& bias, const OptionalTensor& allowed,
+                    const OptionalTensor& prompt, const OptionalTensor& output, const Tensor& settings,
+                    const Tensor& seeds, const Tensor& positions, int64_t num_logprobs) {
   check_sizes(logits, num_logprobs);
-  const int64_t B = logits.size(0), V = logits.size(1);
   check_dtype(kName, "settings", settings, ScalarType::Double);
   check_dim(kName, "settings", settings, 2);
   check_shape(kName, "settings", settings, {settings.size(0), kSampleSettings});
   check_dtype(kName, "seeds", seeds, ScalarType::Long);
   check_dim(kName, "seeds", seeds, 1);
   check_dtype(kName, "positions", positions, ScalarType::Long);
-  check_shape(kName, "positions", positions, {B});
+  check_shape(kName, "positions", positions, {logits.size(0)});
+  return {row_major(logits), row_major(bias),     row_major(allowed), row_major(prompt),
+          row_major(output), row_major(settings), row_major(seeds),   row_major(positions)};
+}
 
-  const SampleSettings* rows = static_cast<const SampleSettings*>(settings.const_data_ptr());
-  for (int64_t b = 0; b < settings.size(0); ++b) check_settings(rows[b], b);
-
-  Outputs out = empty_outputs(logits, B, num_logprobs);
+Sample arguments(const Inputs& in, const Outputs& out, int64_t num_logprobs) {
+  const int64_t B = in.logits.size(0), V = in.logits.size(1);
   const auto& [token, logprob, filtered_logprob, rank, num_kept, entropy, top_ids, top_logprobs] = out;
-  Sample a;
-  a.logits = data<float>(logits);
-  a.bias = data<float>(bias);
-  a.bias_stride = vocabulary_stride("logit_bias", bias, ScalarType::Float, B, V);
-  a.allowed = data<bool>(allowed);
-  a.allowed_stride = vocabulary_stride("allowed", allowed, ScalarType::Bool, B, V);
-  a.prompt_ids = data<int64_t>(prompt);
-  a.prompt_length = ids_length("prompt_ids", prompt, B);
-  a.output_ids = data<int64_t>(output);
-  a.output_length = ids_length("output_ids", output, B);
-  a.settings = rows;
-  a.settings_stride = row_stride("settings", settings, B, 1);
-  a.seeds = data<int64_t>(seeds);
-  a.seed_stride = row_stride("seeds", seeds, B, 1);
-  a.positions = data<int64_t>(positions);
+  Sample a = {};
+  a.logits = data<float>(in.logits);
+  a.bias = data<float>(in.bias);
+  a.bias_stride = vocabulary_stride("logit_bias", in.bias, ScalarType::Float, B, V);
+  a.allowed = data<bool>(in.allowed);
+  a.allowed_stride = vocabulary_stride("allowed", in.allowed, ScalarType::Bool, B, V);
+  a.prompt_ids = data<int64_t>(in.prompt);
+  a.prompt_length = ids_length("prompt_ids", in.prompt, B);
+  a.output_ids = data<int64_t>(in.output);
+  a.output_length = ids_length("output_ids", in.output, B);
+  a.settings = static_cast<const SampleSettings*>(in.settings.const_data_ptr());
+  a.settings_stride = row_stride("settings", in.settings, B, 1);
+  a.seeds = data<int64_t>(in.seeds);
+  a.seed_stride = row_stride("seeds", in.seeds, B, 1);
+  a.positions = data<int64_t>(in.positions);
   a.B = B;
   a.V = V;
   a.num_logprobs = num_logprobs;
@@ -130,12 +133,39 @@ Outputs sample_cpu(const Tensor& logits_any, const OptionalTensor& bias_any, con
   a.entropy = mutable_data<float>(entropy);
   a.top_ids = mutable_data<int64_t>(top_ids);
   a.top_logprobs = mutable_data<float>(top_logprobs);
+  return a;
+}
+
+Outputs sample_cpu(const Tensor& logits, const OptionalTensor& bias, const OptionalTensor& allowed,
+                   const OptionalTensor& prompt, const OptionalTensor& output, const Tensor& settings,
+                   const Tensor& seeds, const Tensor& positions, int64_t num_logprobs) {
+  const Inputs in = check_inputs(logits, bias, allowed, prompt, output, settings, seeds, positions, num_logprobs);
+  const Outputs out = empty_outputs(logits, logits.size(0), num_logprobs);
+  const Sample a = arguments(in, out, num_logprobs);
+  for (int64_t b = 0; b < settings.size(0); ++b) check_settings(a.settings[b], b);
   cpu::run(a, torch_parallel());
   return out;
 }
 
+#ifdef LLMKERN_WITH_CUDA
+Outputs sample_cuda(const Tensor& logits, const OptionalTensor& bias, const OptionalTensor& allowed,
+                    const OptionalTensor& prompt, const OptionalTensor& output, const Tensor& settings,
+                    const Tensor& seeds, const Tensor& positions, int64_t num_logprobs) {
+  const OnCuda cuda(logits);
+  const Inputs in = check_inputs(logits, bias, allowed, prompt, output, settings, seeds, positions, num_logprobs);
+  const Outputs out = empty_outputs(logits, logits.size(0), num_logprobs);
+  Sample a = arguments(in, out, num_logprobs);
+  const Tensor workspace = empty(logits, {sample_workspace_bytes(a.B, a.V, num_logprobs)}, ScalarType::Byte);
+  a.workspace = workspace.mutable_data_ptr();
+  a.error = cuda.error();
+  cuda::run(a, cuda.stream());
+  return out;
+}
+#endif
+
 }  // namespace
 
+#ifndef LLMKERN_SIMT
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def(
       "sample(Tensor logits, Tensor? bias, Tensor? allowed, Tensor? prompt_ids, Tensor? output_ids, Tensor settings, "
@@ -144,5 +174,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) { m.impl("sample", TORCH_BOX(&sample_cpu)); }
+#endif
+
+#ifdef LLMKERN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) { m.impl("sample", TORCH_BOX(&sample_cuda)); }
+#endif
 
 }  // namespace llmkern::ops

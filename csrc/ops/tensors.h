@@ -5,7 +5,6 @@
 // argument whatever makes a kernel read or write where it should not.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -123,8 +122,5 @@ void for_index_dtype(const char* what, const char* name, const Tensor& tensor, c
 
 // torch's own pool; never a second one.
 Parallel torch_parallel();
-
-// The current CUDA stream of the tensor's device, as the void* that cuda::run takes.
-void* current_cuda_stream(const Tensor& tensor);
 
 }  // namespace llmkern::ops

@@ -13,6 +13,7 @@ Example:
 
 from llmkern.benchmark.case import OURS, Case, Contender, Phase, Workload, agreement
 from llmkern.benchmark.ceilings import Ceilings, Level, measure_ceilings
+from llmkern.benchmark.ceilings_cuda import measure_cuda_ceilings
 from llmkern.benchmark.report import document, summary, table, write_document
 from llmkern.benchmark.timing import Protocol, Result, Timing, check, measure
 
@@ -32,6 +33,7 @@ __all__ = [
     "document",
     "measure",
     "measure_ceilings",
+    "measure_cuda_ceilings",
     "summary",
     "table",
     "write_document",

@@ -7,8 +7,8 @@ come out above 100 %. Data sheets are no help: a virtual machine knows neither i
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from llmkern.benchmark.case import Case, Phase
 from llmkern.benchmark.machine import cache_bytes
 
+# The name of arithmetic as what binds a case, by the unit that does it.
+FMA, TENSOR_CORES = "FMA", "tensor cores"
 METHODS = {
     "peak": "best of torch.mm at 512 and 1024 and a 3x3 convolution of 128 channels, float32: a lower bound",
     "read": "best of Tensor.sum and Tensor.amax; at L2, each thread reads its own slice 64 times in one call",
@@ -36,44 +38,51 @@ class Level:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured limits: float32 operations a second, and the memory levels from near to far.
+    """Measured limits: operations a second by dtype, and the memory levels from near to far.
 
-    ``load_average`` is that of the minute before: what the machine was doing besides.
+    ``load_average`` is that of the minute before: what the machine was doing besides. ``methods`` says how all this
+    was measured.
     """
 
     threads: int
     load_average: float
-    peak: float
+    peaks: Mapping[torch.dtype, float]
     levels: tuple[Level, ...]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    methods: Mapping[str, str] = field(default_factory=lambda: METHODS)
 
     def level(self, working_set: float) -> Level:
         """The nearest level that could hold so many bytes."""
         return next((x for x in self.levels if working_set <= x.capacity), self.levels[-1])
 
-    def bandwidth(self, phase: Phase) -> float:
-        level = self.level(phase.working_set)
-        return level.read if phase.traffic == "read" else level.copy
-
     def floor(self, case: Case) -> float:
         """The least time of a case, in seconds: each phase at the slower of arithmetic and memory."""
-        return sum(max(self._seconds(phase)) for phase in case.phases)
+        return sum(max(self._seconds(case, phase)) for phase in case.phases)
 
     def bound(self, case: Case) -> tuple[str, float]:
         """What binds the longest phase of a case, ("FMA", operations/s) or ("read L3", bytes/s)."""
-        phase = max(case.phases, key=lambda phase: max(self._seconds(phase)))
-        arithmetic, memory = self._seconds(phase)
+        phase = max(case.phases, key=lambda phase: max(self._seconds(case, phase)))
+        arithmetic, memory = self._seconds(case, phase)
         if arithmetic >= memory:
-            return "FMA", self.peak
-        name = f"{phase.traffic} {self.level(phase.working_set).name}"
-        return name, self.bandwidth(phase)
+            unit = FMA if case.dtype in (torch.float32, torch.float64) else TENSOR_CORES
+            return unit, self.peaks[case.dtype]
+        level, bandwidth = self._memory(case, phase)
+        return f"{phase.traffic} {level.name}", bandwidth
 
-    def _seconds(self, phase: Phase) -> tuple[float, float]:
-        arithmetic = phase.flops / self.peak
-        return arithmetic * phase.repeats, phase.bytes / self.bandwidth(phase) * phase.repeats
+    def _seconds(self, case: Case, phase: Phase) -> tuple[float, float]:
+        arithmetic = phase.flops / self.peaks[case.dtype] if phase.flops else 0.0
+        memory = phase.bytes / self._memory(case, phase)[1]
+        return arithmetic * phase.repeats, memory * phase.repeats
+
+    def _memory(self, case: Case, phase: Phase) -> tuple[Level, float]:
+        """The level a phase finds its data in, and its bandwidth; only a GPU's cases are built to miss the caches."""
+        cold = case.cold and self.device.type == "cuda"
+        level = self.levels[-1] if cold else self.level(phase.working_set)
+        return level, level.read if phase.traffic == "read" else level.copy
 
 
 def measure_ceilings(seconds: float = 0.15) -> Ceilings:
-    """Measures the machine with the current number of threads.
+    """Measures the processor with the current number of threads; :mod:`ceilings_cuda` measures a GPU.
 
     Args:
         seconds: time for each of about ten probes.
@@ -88,7 +97,7 @@ def measure_ceilings(seconds: float = 0.15) -> Ceilings:
             Level(name, capacity, _read(name, buffer, threads, seconds), _copy(buffer, seconds))
             for name, capacity, buffer in _buffers(threads)
         )
-    return Ceilings(threads, load_average, peak, levels)
+    return Ceilings(threads, load_average, {torch.float32: peak}, levels)
 
 
 def _buffers(threads: int) -> Iterator[tuple[str, float, int]]:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import llmkern
 
 _CPU = Path("/sys/devices/system/cpu")
@@ -16,7 +18,10 @@ _CACHE_DEFAULTS = {2: 1 << 20, 3: 16 << 20}  # where the system does not tell
 # The parts of /proc/cpuinfo's flags that kernels are chosen by.
 _FLAGS = re.compile(r"(sse4|avx|fma|f16c|bmi|amx|asimd|sve|bf16|i8mm|fphp)")
 # Settings that change a timing, by the beginning of their names.
-_ENVIRONMENT = ("OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_", "ONEDNN_", "MALLOC_", "LLMKERN_CPU")
+_ENVIRONMENT = (
+    *("OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_", "ONEDNN_", "MALLOC_", "LLMKERN_CPU"),
+    *("CUDA_", "PYTORCH_", "TORCH_", "NVIDIA_TF32", "CUBLAS_", "CUDNN_"),
+)
 
 
 def cache_bytes(level: int, threads: int) -> int:
@@ -45,6 +50,37 @@ def machine_facts() -> dict[str, Any]:
         "governor": _read_or_none(_CPU / "cpu0" / "cpufreq" / "scaling_governor"),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any] | None:
+    """The GPU, its driver and its state before the run; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "torch_cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **_nvidia_smi(device.index or 0),
+    }
+
+
+def _nvidia_smi(index: int) -> dict[str, str]:
+    """Driver, clocks, power limit and load as nvidia-smi tells them; nothing where it does not."""
+    fields = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem"]
+    fields += ["power.limit", "temperature.gpu", "utilization.gpu", "mig.mode.current"]
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}"]
+    try:
+        done = subprocess.run(
+            [*command, "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(fields, (value.strip() for value in done.stdout.split(",")), strict=False))
 
 
 def software_facts() -> dict[str, Any]:

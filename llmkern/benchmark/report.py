@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from llmkern._files import write_files
-from llmkern.benchmark.case import OURS
-from llmkern.benchmark.ceilings import METHODS, Ceilings
-from llmkern.benchmark.machine import command, machine_facts, software_facts
+from llmkern.benchmark.case import OURS, dtype_name, rival
+from llmkern.benchmark.ceilings import FMA, TENSOR_CORES, Ceilings
+from llmkern.benchmark.machine import command, gpu_facts, machine_facts, software_facts
 from llmkern.benchmark.timing import Protocol, Result
 
 _HEADER = ["case", "run", "ms", "IQR", "rate", "ceiling", "floor ms", "time/floor", "speed-up"]
@@ -28,7 +28,7 @@ def summary(result: Result, ceilings: Ceilings) -> dict[str, Any]:
         ceilings.floor(result.case),
         ceilings.bound(result.case),
     )
-    work = case.flops if bound == "FMA" else case.bytes
+    work = case.flops if bound in (FMA, TENSOR_CORES) else case.bytes
     contenders = {}
     for name, timing in result.timings.items():
         seconds = timing.seconds.median
@@ -44,13 +44,16 @@ def summary(result: Result, ceilings: Ceilings) -> dict[str, Any]:
             "tokens_s": case.tokens / seconds if case.tokens else None,
             "samples_ms": [float(f"{sample * 1e3:.5g}") for sample in timing.samples],
         }
-        if name != OURS:
+        if name != rival(name):
             speedup = result.speedup(name)
             contenders[name] |= {"llmkern_speedup": speedup.median, "speedup_iqr": speedup.iqr}
     return {
         "family": case.family,
         "case": case.name,
         "training": case.training,
+        "dtype": dtype_name(case.dtype),
+        "input_sets": result.copies,
+        "absent": dict(result.absent),
         "error": result.error,
         "flops": case.flops,
         "bytes": case.bytes,
@@ -66,17 +69,19 @@ def document(results: Iterable[Result], ceilings: Ceilings, protocol: Protocol) 
         "command": command(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
+        "device": str(ceilings.device),
         "machine": machine_facts(),
+        "gpu": gpu_facts(ceilings.device),
         "software": software_facts(),
         "protocol": vars(protocol),
         "ceilings": {
             "load_average_before": ceilings.load_average,
-            "peak_gflop_s": ceilings.peak / 1e9,
+            "peak_gflop_s": {dtype_name(d): peak / 1e9 for d, peak in ceilings.peaks.items()},
             "levels": [
                 {"name": x.name, "read_gb_s": x.read / 1e9, "copy_gb_s": x.copy / 1e9}
                 for x in ceilings.levels
             ],
-            "methods": METHODS,
+            "methods": dict(ceilings.methods),
         },
         "results": [summary(result, ceilings) for result in results],
     }
@@ -98,8 +103,11 @@ def ceilings_text(ceilings: Ceilings) -> str:
     levels = "; ".join(
         f"{x.name} read {x.read / 1e9:.0f}, copy {x.copy / 1e9:.0f} GB/s" for x in ceilings.levels
     )
-    text = f"{ceilings.threads} threads; FMA {ceilings.peak / 1e9:.0f} GFLOP/s; {levels}"
-    if ceilings.load_average > _QUIET:
+    peaks = ", ".join(f"{dtype_name(d)} {peak / 1e9:.0f}" for d, peak in ceilings.peaks.items())
+    cuda = ceilings.device.type == "cuda"
+    what = torch.cuda.get_device_name(ceilings.device) if cuda else f"{ceilings.threads} threads"
+    text = f"{what}; {peaks} GFLOP/s; {levels}"
+    if not cuda and ceilings.load_average > _QUIET:
         text += (
             f"\nload average before the run {ceilings.load_average:.2f}: others disturb the figures"
         )
@@ -115,13 +123,18 @@ def table(results: Iterable[Result], ceilings: Ceilings) -> str:
     for family, cases in families.items():
         rows = [row for case in cases for row in _rows(case)]
         parts.append(f"### {family}\n\n{_markdown([_HEADER, *rows])}")
+        parts += [
+            f"{case['case']}: no {peer}: {why}"
+            for case in cases
+            for peer, why in case["absent"].items()
+        ]
     return "\n\n".join(parts)
 
 
 def _rows(case: dict[str, Any]) -> Iterable[list[str]]:
     for name, x in case["contenders"].items():
         ours = name == OURS
-        arithmetic = case["bound"] == "FMA"
+        arithmetic = case["bound"] in (FMA, TENSOR_CORES)
         rate = f"{_digits(x['gflop_s'])} GFLOP/s" if arithmetic else f"{_digits(x['gb_s'])} GB/s"
         if x["tokens_s"]:
             rate += f", {_digits(x['tokens_s'])} tokens/s"
@@ -134,7 +147,7 @@ def _rows(case: dict[str, Any]) -> Iterable[list[str]]:
             f"{_digits(x['of_ceiling'] * 100, 2)} % of {case['bound']}",
             _digits(case["floor_ms"]) if ours else "",
             _digits(x["time_over_floor"]),
-            "" if ours else _verdict(x["llmkern_speedup"]),
+            _verdict(x["llmkern_speedup"]) if "llmkern_speedup" in x else "",
         ]
 
 

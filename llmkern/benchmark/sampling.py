@@ -8,73 +8,90 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern.benchmark.case import OURS, Case, Contender, Phase, Workload
+from llmkern.benchmark.case import OURS, Case, Contender, Phase, Workload, named
 
-FLOAT_BYTES = 4
 # Logits of a trained model are about this wide.
 LOGIT_DEVIATION = 2.5
 TOLERANCE = 1e-5
+# Up to so many logits a GPU does the work faster than Python asks for it.
+_FEW = 4_000_000
+
+# From probabilities [B, K], which need not add up to 1, to one index a row.
+Draw = Callable[[Tensor], Tensor]
 
 
-def plain(V: int, B: int) -> Case:
+def plain(V: int, B: int, dtype: torch.dtype = torch.float32) -> Case:
     """A draw from the softmax."""
-    return _case("plain", V, B, {}, "softmax + multinomial", _multinomial, lambda mass: V)
+
+    def peer(logits: Tensor, draw: Draw) -> Tensor:
+        return draw(logits.softmax(dim=1))
+
+    return _case("plain", V, B, dtype, {}, "softmax", peer, lambda mass: V)
 
 
-def top_k(V: int, B: int, k: int = 50) -> Case:
+def top_k(V: int, B: int, k: int = 50, dtype: torch.dtype = torch.float32) -> Case:
     """A draw from the k likeliest tokens."""
 
-    def peer(logits: Tensor) -> Tensor:
+    def peer(logits: Tensor, draw: Draw) -> Tensor:
         values, ids = logits.topk(k, dim=1)
-        return ids.gather(1, _multinomial(values)[:, None])[:, 0]
+        return ids.gather(1, draw(values.softmax(dim=1))[:, None])[:, 0]
 
-    return _case("top-k", V, B, {"top_k": k}, "topk + multinomial", peer, lambda mass: k)
+    return _case("top-k", V, B, dtype, {"top_k": k}, "topk", peer, lambda mass: k)
 
 
-def top_p(V: int, B: int, p: float = 0.9) -> Case:
+def top_p(V: int, B: int, p: float = 0.9, dtype: torch.dtype = torch.float32) -> Case:
     """A draw from the fewest tokens that make up p of the probability (Holtzman et al. 2020)."""
 
-    def peer(logits: Tensor) -> Tensor:
+    def peer(logits: Tensor, draw: Draw) -> Tensor:
         values, ids = logits.sort(dim=1, descending=True)
         probabilities = values.softmax(dim=1)
         before = probabilities.cumsum(dim=1) - probabilities
         probabilities[before >= p] = 0
-        return ids.gather(1, torch.multinomial(probabilities, 1))[:, 0]
+        return ids.gather(1, draw(probabilities)[:, None])[:, 0]
 
     def kept(mass: Tensor) -> int:
         return int((mass < p).sum()) + 1
 
-    return _case("top-p", V, B, {"top_p": p}, "sort + multinomial", peer, kept)
+    return _case("top-p", V, B, dtype, {"top_p": p}, "sort", peer, kept)
 
 
 def _case(
     what: str,
     V: int,
     B: int,
+    dtype: torch.dtype,
     settings: dict[str, Any],
-    peer_name: str,
-    peer: Callable[[Tensor], Tensor],
+    filter_name: str,
+    peer: Callable[[Tensor, Draw], Tensor],
     kept: Callable[[Tensor], int],
 ) -> Case:
     def build() -> Workload:
-        logits = torch.randn(B, V) * LOGIT_DEVIATION
+        logits = (torch.randn(B, V) * LOGIT_DEVIATION).to(dtype)
         seeds = torch.arange(B)
         ours = Contender(
             lambda: ops.sample(logits, seed=seeds, position=0, **settings),
             lambda drawn: [drawn.token, drawn.logprob, drawn.filtered_logprob, drawn.num_kept],
         )
-        return Workload(
-            {OURS: ours, peer_name: Contender(lambda: peer(logits))},
-            lambda tensors: _check(tensors, logits, kept),
-        )
+        # torch.multinomial waits for the GPU to see whether the probabilities are any; those who mind race instead.
+        multinomial = Contender(lambda: peer(logits, _multinomial), capturable=False)
+        contenders = {OURS: ours, f"{filter_name} + multinomial": multinomial}
+        if logits.is_cuda:
+            contenders[f"{filter_name} + race"] = Contender(lambda: peer(logits, _race))
+        return Workload(contenders, lambda tensors: _check(tensors, logits, kept))
 
-    logits_bytes = B * V * FLOAT_BYTES
+    logits_bytes = B * V * dtype.itemsize
     phase = Phase("logits", bytes=logits_bytes, working_set=logits_bytes)
-    return Case("sampling", f"{what}-V{V}-B{B}", build, [phase])
+    name = named(f"{what}-V{V}-B{B}", dtype)
+    return Case("sampling", name, build, [phase], dtype=dtype, cold=True, graph=B * V <= _FEW)
 
 
-def _multinomial(logits: Tensor) -> Tensor:
-    return torch.multinomial(logits.softmax(dim=1), 1)[:, 0]
+def _multinomial(probabilities: Tensor) -> Tensor:
+    return torch.multinomial(probabilities, 1)[:, 0]
+
+
+def _race(probabilities: Tensor) -> Tensor:
+    """Exponential variables race: the first to arrive is i with probability p_i."""
+    return (probabilities / torch.empty_like(probabilities).exponential_(1.0)).argmax(dim=1)
 
 
 def _check(tensors: Mapping[str, Any], logits: Tensor, kept: Callable[[Tensor], int]) -> float:

@@ -9,15 +9,15 @@ cancels what is left.
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from llmkern.benchmark.case import OURS, Case, Workload
+from llmkern.benchmark.case import OURS, Case, Workload, rival
+from llmkern.benchmark.device import build, clock_of, first_line
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,29 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a case; llmkern is the first of ``timings``."""
+    """What was measured of a case; llmkern is the first of ``timings``.
+
+    ``copies`` sets of inputs were taken in turn; ``absent`` says why a peer took no part.
+    """
 
     case: Case
     error: float
     timings: Mapping[str, Timing]
+    copies: int = 1
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     def speedup(self, peer: str) -> Spread:
-        """How many times as fast as the peer llmkern is: over the ratios of each round."""
-        ours, theirs = self.timings[OURS].samples, self.timings[peer].samples
+        """How many times as fast as the peer llmkern is, graph against graph: over the ratios of each round."""
+        ours, theirs = self.timings[rival(peer)].samples, self.timings[peer].samples
         return Spread.of([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
-def check(case: Case) -> float:
+def check(case: Case, device: torch.device | str = "cpu") -> float:
     """Builds a case and verifies its results without timing anything.
+
+    Args:
+        case: what to verify.
+        device: where.
 
     Returns:
         The largest error, in the measure of the case's own check.
@@ -87,22 +96,24 @@ def check(case: Case) -> float:
     Raises:
         RuntimeError: a result is wrong.
     """
-    workload = case.build()
+    workload = build(case, torch.device(device))
     with torch.inference_mode(not case.training):
-        return _verify(case, workload)
+        return _verified(case, workload)[1]
 
 
 def measure(
     case: Case,
     protocol: Protocol | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Result:
     """Verifies a case, then times it.
 
     Args:
         case: what to measure.
         protocol: how long.
-        clock: seconds since whenever.
+        clock: seconds since whenever; None is the device's own.
+        device: where.
 
     Returns:
         The samples of every contender.
@@ -111,9 +122,10 @@ def measure(
         RuntimeError: a result is wrong; nothing was timed.
     """
     protocol = Protocol() if protocol is None else protocol
-    workload = case.build()
+    workload = build(case, torch.device(device))
+    clock = clock_of(torch.device(device)) if clock is None else clock
     with torch.inference_mode(not case.training):
-        error = _verify(case, workload)
+        workload, error = _verified(case, workload)
         runs = {name: contender.run for name, contender in workload.contenders.items()}
         calls = {name: _calls_a_sample(run, protocol, clock) for name, run in runs.items()}
         samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -130,20 +142,29 @@ def measure(
         finally:
             if collecting:
                 gc.enable()
-    return Result(case, error, {name: Timing(samples[name], calls[name]) for name in runs})
+    timings = {name: Timing(samples[name], calls[name]) for name in runs}
+    return Result(case, error, timings, workload.copies, workload.absent)
 
 
-def _verify(case: Case, workload: Workload) -> float:
+def _verified(case: Case, workload: Workload) -> tuple[Workload, float]:
+    """The workload without the peers that cannot do it, and the largest error of the others."""
     names = list(workload.contenders)
     if names[0] != OURS:
         raise ValueError(
             f"llmkern.benchmark: expected {OURS!r} as the first contender, got {names[0]!r}"
         )
-    tensors: dict[str, Any] = {
-        name: contender.tensors(contender.run()) for name, contender in workload.contenders.items()
-    }
+    tensors: dict[str, Any] = {}
+    absent = dict(workload.absent)
+    for name, contender in workload.contenders.items():
+        try:
+            tensors[name] = contender.tensors(contender.run())
+        except RuntimeError as error:
+            if name == rival(name):
+                raise
+            absent[name] = first_line(error)
+    able = {name: workload.contenders[name] for name in tensors}
     try:
-        return workload.check(tensors)
+        return replace(workload, contenders=able, absent=absent), workload.check(tensors)
     except RuntimeError as error:
         raise RuntimeError(f"llmkern.benchmark: {case.family} {case.name}: {error}") from error
 

@@ -19,6 +19,7 @@ from llmkern.benchmark import (
     lstm,
     measure,
     measure_ceilings,
+    measure_cuda_ceilings,
     sampling,
     table,
     training,
@@ -35,6 +36,13 @@ CASES: dict[str, tuple[Case, ...]] = {
 Family = Enum("Family", {name: name for name in CASES}, type=str)  # type: ignore[misc]
 
 
+class Device(str, Enum):
+    """Where to measure."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def bench(
     families: Annotated[
         list[Family] | None, typer.Argument(help="What to measure; default: everything.")
@@ -42,6 +50,7 @@ def bench(
     seconds: Annotated[
         float, typer.Option(help="Time for each case, at least five rounds.", min=0.0)
     ] = 1.0,
+    device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.cpu,
     threads: Annotated[
         int | None, typer.Option(help="Number of threads; default: torch's.", min=1)
     ] = None,
@@ -57,16 +66,18 @@ def bench(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError("llmkern.bench: expected a GPU for --device cuda, torch finds none")
     torch.manual_seed(0)
     wanted = list(CASES) if not families else [family.value for family in families]
     cases = [case for family in wanted for case in CASES[family]]
     protocol, results = Protocol(seconds=seconds), []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring the machine", total=len(cases) + 1)
-        ceilings = measure_ceilings()
+        ceilings = measure_cuda_ceilings() if device is Device.cuda else measure_ceilings()
         for case in cases:
             progress.update(task, advance=1, description=f"{case.family} {case.name}")
-            results.append(measure(case, protocol))
+            results.append(measure(case, protocol, device=device.value))
     print(table(results, ceilings))
     if json is not None:
         write_document(json, document(results, ceilings, protocol))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern._info import info
 from llmkern.text import Splits, Tokenizer, language_modeling_splits, read_text
 
 
@@ -20,18 +21,20 @@ class Encoded:
 
 
 def checked_device(name: str) -> torch.device:
-    """The device, if this machine has it.
+    """The device, if this machine has it; "auto" is CUDA where there is a device and kernels for it, else the CPU.
 
     Raises:
         ValueError: no such device.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and info()["cuda_architectures"] else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--device: expected a device of this machine such as cpu, got {name!r}: {reason}"
+            f"--device: expected a device of this machine such as cpu or auto, got {name!r}: {reason}"
         ) from error
     return device
 

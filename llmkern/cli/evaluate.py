@@ -28,7 +28,9 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option(help="Lanes the text is cut into; 1 is exact and slow.")
     ] = 10,
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, auto.")
+    ] = "auto",
 ) -> None:
     """Print loss, perplexity, bits per character and accuracy of a model on a text.
 

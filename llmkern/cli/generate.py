@@ -48,7 +48,9 @@ def generate(
         bool, typer.Option("--allow-unk", help="Let the model write its unknown-word token.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, auto.")
+    ] = "auto",
 ) -> None:
     """Continue a prompt, token by token.
 

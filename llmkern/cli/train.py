@@ -17,7 +17,7 @@ from llmkern.models import LanguageModel
 from llmkern.text import Splits, Tokenizer, language_modeling_splits
 from llmkern.text.backends import KINDS
 from llmkern.training import Trainer, TrainingArguments, TrainingResult, evaluate, perplexity
-from llmkern.training.arguments import LOSS_REDUCTIONS, OPTIMIZERS, SCHEDULES
+from llmkern.training.arguments import LOSS_REDUCTIONS, OPTIMIZERS, PRECISIONS, SCHEDULES
 
 _TOKENIZER_OPTIONS = ("vocab_size", "min_frequency", "lowercase")
 _MODEL_OPTIONS = (
@@ -51,7 +51,7 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --output.")
     ] = False,
-    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, auto.")] = "auto",
     valid_fraction: Annotated[
         float,
         typer.Option(help="The end of a single file that is held out for validation; 0: none."),
@@ -118,6 +118,10 @@ def train(
     loss_reduction: Annotated[
         str | None,
         _option("Training", "sum_time is Zaremba's loss; default: mean.", choices=LOSS_REDUCTIONS),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        _option("Training", "bf16 needs CUDA; default: float32.", choices=PRECISIONS),
     ] = None,
     patience: Annotated[
         int | None, _option("Training", "Stop after so many epochs without gain.")

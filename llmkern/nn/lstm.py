@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkern import ops
+from llmkern.nn._packing import PackedWeights
 
 State = tuple[Tensor, Tensor]
 
@@ -29,6 +30,8 @@ class LSTM(nn.RNNBase):
 
     Shapes, with S = num_layers * (2 if bidirectional else 1):
         input [T, B, I] or, unbatched, [T, I]; hx = (h_0, c_0), each [S, B, H] or [S, H]; None means zeros.
+        lengths int64 [B]: row b has lengths[b] steps; its output is 0 beyond them, and h_n, c_n are the states after
+        them. Rows need not be sorted.
         output [T, B, H * directions]; h_n, c_n as h_0, c_0.
 
     Raises:
@@ -67,16 +70,19 @@ class LSTM(nn.RNNBase):
             device,
             dtype,
         )
+        self._packed = PackedWeights()
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take the parameters as they are."""
 
-    def forward(self, input: Tensor, hx: State | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, input: Tensor, hx: State | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         batched = self._check_input(input)
         x = input if batched else input.unsqueeze(1)
         x = x.transpose(0, 1) if self.batch_first and batched else x
         h_0, c_0 = self._initial_state(x, hx, batched)
-        output, h_n, c_n = self._run_layers(x, h_0, c_0)
+        output, h_n, c_n = self._run_layers(x, h_0, c_0, lengths)
         if not batched:
             return output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
         return output.transpose(0, 1) if self.batch_first else output, (h_n, c_n)
@@ -116,15 +122,26 @@ class LSTM(nn.RNNBase):
     def _layers(self) -> int:
         return self.num_layers * (2 if self.bidirectional else 1)
 
-    def _run_layers(self, x: Tensor, h_0: Tensor, c_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _run_layers(
+        self, x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         directions = 2 if self.bidirectional else 1
         weights, h_n, c_n = self.all_weights, [], []
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(directions):
                 index = layer * directions + direction
+                weight_ih, weight_hh, *biases = weights[index]
                 output, h, c = ops.lstm(
-                    x, h_0[index], c_0[index], *weights[index], reverse=direction == 1
+                    x,
+                    h_0[index],
+                    c_0[index],
+                    weight_ih,
+                    weight_hh,
+                    *biases,
+                    reverse=direction == 1,
+                    lengths=lengths,
+                    packed=self._packed.get(index, x.shape[0] * x.shape[1], weight_ih, weight_hh),
                 )
                 outputs.append(output)
                 h_n.append(h)
@@ -146,6 +163,10 @@ class LSTMCell(nn.LSTMCell):
         >>> h_1, c_1 = cell(torch.randn(20, 256))
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._packed = PackedWeights()
+
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         if not isinstance(input, Tensor):
             raise TypeError(f"llmkern.LSTMCell: expected a Tensor, got {type(input).__name__}")
@@ -160,7 +181,8 @@ class LSTMCell(nn.LSTMCell):
             h_0, c_0 = zeros, zeros
         else:
             h_0, c_0 = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        packed = self._packed.get(0, x.shape[0], self.weight_ih, self.weight_hh)
         h_1, c_1 = ops.lstm_cell(
-            x, h_0, c_0, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+            x, h_0, c_0, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, packed=packed
         )
         return (h_1, c_1) if batched else (h_1.squeeze(0), c_1.squeeze(0))

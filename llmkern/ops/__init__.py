@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functional operators, one file a family: validation, shapes for the compiler, gradients. The math is native."""
 
+from llmkern.ops._deferred import raise_deferred_errors
 from llmkern.ops.cross_entropy import linear_cross_entropy
 from llmkern.ops.embedding import embedding
-from llmkern.ops.lstm import lstm, lstm_cell
+from llmkern.ops.lstm import lstm, lstm_cell, lstm_pack
 from llmkern.ops.sampling import SampleOutput, sample
 
-__all__ = ["SampleOutput", "embedding", "linear_cross_entropy", "lstm", "lstm_cell", "sample"]
+__all__ = [
+    "SampleOutput",
+    "embedding",
+    "linear_cross_entropy",
+    "lstm",
+    "lstm_cell",
+    "lstm_pack",
+    "raise_deferred_errors",
+    "sample",
+]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64)
+CUDA_FLOAT_DTYPES = (*FLOAT_DTYPES, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -17,6 +18,16 @@ def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"llmkern.{op}: expected {name} to be a Tensor, got {type(value).__name__}")
+
+
+def float_dtypes(tensor: Tensor) -> Sequence[torch.dtype]:
+    """What the kernels of the tensor's device compute with."""
+    return CUDA_FLOAT_DTYPES if tensor.is_cuda else FLOAT_DTYPES
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """What values of the dtype are summed in."""
+    return dtype if dtype in FLOAT_DTYPES else torch.float32
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -54,10 +65,10 @@ def check_same_device(op: str, tensors: dict[str, Tensor | None]) -> None:
 
 
 def check_float_like(op: str, tensors: dict[str, Tensor | None]) -> None:
-    """The first tensor is float32 or float64, and the others share its dtype and device."""
+    """The first tensor is of a dtype the kernels of its device have, and the others share its dtype and device."""
     (first, tensor), *others = ((n, t) for n, t in tensors.items() if t is not None)
     check_tensor(op, first, tensor)
-    check_dtype(op, first, tensor, FLOAT_DTYPES)
+    check_dtype(op, first, tensor, float_dtypes(tensor))
     for name, other in others:
         check_tensor(op, name, other)
         if other.dtype != tensor.dtype:

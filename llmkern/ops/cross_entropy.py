@@ -10,7 +10,7 @@ with y the target, e the label smoothing (Szegedy et al. 2016) and w the class w
 import torch
 from torch import Tensor
 
-from llmkern.ops import _checks
+from llmkern.ops import _autocast, _checks
 
 _OP = "linear_cross_entropy"
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -32,7 +32,8 @@ def linear_cross_entropy(
     The arguments are those of ``torch.nn.functional.linear_cross_entropy`` (torch 2.13).
 
     Args:
-        input: [..., D], float32 or float64.
+        input: [..., D], float32 or float64, on CUDA also bfloat16 or float16. Under autocast on CUDA it and the
+            weights are cast to its dtype.
         linear_weight: [V, D].
         target: class ids, int64 [...], each in [0, V) or equal to ignore_index.
         linear_bias: [V] or None.
@@ -42,7 +43,8 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1].
 
     Returns:
-        The loss: a scalar, or for "none" of target's shape. "mean" over no row at all is NaN, as in torch.
+        The loss: a scalar, or for "none" of target's shape, of input's dtype, or float32 where that has 16 bits. "mean"
+        over no row at all is NaN, as in torch.
 
     Raises:
         TypeError: an argument is no tensor, or its dtype is another one.
@@ -53,6 +55,11 @@ def linear_cross_entropy(
         >>> hidden, head = torch.randn(35, 20, 512), torch.randn(10000, 512) / 23
         >>> loss = llmkern.ops.linear_cross_entropy(hidden, head, torch.randint(10000, (35, 20)))
     """
+    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        _checks.check_tensor(_OP, name, tensor)
+    input, linear_weight, linear_bias, weight = _autocast.cast(  # type: ignore[assignment]
+        input, linear_weight, linear_bias, weight
+    )
     _validate(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
     loss, _, _ = torch.ops.llmkern.linear_cross_entropy.default(
         input.reshape(target.numel(), input.shape[-1]),
@@ -76,8 +83,6 @@ def _validate(
     reduction: str,
     label_smoothing: float,
 ) -> None:
-    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
-        _checks.check_tensor(_OP, name, tensor)
     floats = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
     _checks.check_float_like(_OP, {**floats, "weight": weight})
     _checks.check_dtype(_OP, "target", target, [torch.int64])
@@ -106,9 +111,10 @@ def _validate(
 def _forward_fake(  # type: ignore[no-untyped-def]
     input, weight, bias, target, class_weight, reduction, ignore_index, label_smoothing
 ):
-    loss = input.new_empty(target.shape if reduction == 0 else ())
+    wide = _checks.widened(input.dtype)
+    loss = input.new_empty(target.shape if reduction == 0 else (), dtype=wide)
     lse = input.new_empty(target.shape, dtype=torch.float64)
-    return loss, lse, input.new_empty(())
+    return loss, lse, input.new_empty((), dtype=wide)
 
 
 @torch.library.register_fake("llmkern::linear_cross_entropy_backward")

@@ -25,7 +25,7 @@ def embedding(
 
     Args:
         ids: any shape, int64 or int32, each in [0, V).
-        weight: the table, [V, D], float32 or float64 (contiguous is fastest).
+        weight: the table, [V, D], float32 or float64, on CUDA also bfloat16 or float16 (contiguous is fastest).
         padding_idx: a row that gets no gradient; negative counts from the end.
         scale_grad_by_freq: divide each row's gradient by the number of times its id occurs in ``ids``.
 
@@ -51,7 +51,7 @@ def _validate(ids: Tensor, weight: Tensor, padding_idx: int | None) -> int:
     _checks.check_tensor(_OP, "ids", ids)
     _checks.check_tensor(_OP, "weight", weight)
     _checks.check_dtype(_OP, "ids", ids, _checks.INDEX_DTYPES)
-    _checks.check_dtype(_OP, "weight", weight, _checks.FLOAT_DTYPES)
+    _checks.check_dtype(_OP, "weight", weight, _checks.float_dtypes(weight))
     _checks.check_dim(_OP, "weight", weight, "V, D")
     _checks.check_same_device(_OP, {"ids": ids, "weight": weight})
     if padding_idx is None:

@@ -8,7 +8,9 @@ from typing import Any, Literal, get_args
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop"]
 Schedule = Literal["constant", "decay", "plateau", "cosine"]
 LossReduction = Literal["mean", "sum_time"]
+Precision = Literal["float32", "bf16"]
 OPTIMIZERS, SCHEDULES, LOSS_REDUCTIONS = map(get_args, (Optimizer, Schedule, LossReduction))
+PRECISIONS = get_args(Precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class TrainingArguments:
         loss_reduction: "mean" over all tokens of a window; "sum_time" is the mean over the batch
             of the sum over the window, Zaremba's loss: T times larger, and so are its gradients,
             before clipping.
+        precision: "float32", or "bf16" on CUDA: a step's matrix products in bfloat16 under autocast; parameters, cell
+            states, losses, updates and validation stay float32.
         seed: of the dropout masks, and of the parameters for whoever builds the model.
         eval_batch_size: lanes in validation; None: batch_size.
         save_every_steps: a checkpoint after so many steps, besides one after each epoch; 0: after
@@ -69,6 +73,7 @@ class TrainingArguments:
     lr_decay_after: int = 0
     warmup_steps: int = 0
     loss_reduction: LossReduction = "mean"
+    precision: Precision = "float32"
     seed: int = 0
     eval_batch_size: int | None = None
     save_every_steps: int = 1000
@@ -112,6 +117,7 @@ _CHOICES = {
     "optimizer": OPTIMIZERS,
     "lr_schedule": SCHEDULES,
     "loss_reduction": LOSS_REDUCTIONS,
+    "precision": PRECISIONS,
 }
 _OPTIONAL = (
     *("max_steps", "max_seconds", "eval_batch_size", "patience"),

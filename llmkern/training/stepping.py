@@ -3,6 +3,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from llmkern.training.arguments import TrainingArguments
@@ -60,7 +61,8 @@ class Stepper:
     def _step(self, inputs: Tensor, targets: Tensor, number: int) -> tuple[float, float]:
         arguments = self._arguments
         self.optimizer.zero_grad()
-        loss, hidden = self.model.loss(inputs, targets, detached(self.hidden))  # type: ignore[operator]
+        with torch.autocast("cuda", torch.bfloat16, enabled=arguments.precision == "bf16"):
+            loss, hidden = self.model.loss(inputs, targets, detached(self.hidden))  # type: ignore[operator]
         loss_value = loss.item()
         self._check_finite("loss", loss_value, number)
         (loss * inputs.shape[1] if arguments.loss_reduction == "sum_time" else loss).backward()

@@ -78,7 +78,8 @@ class Trainer:
         show_progress: a bar on standard error, or lines where that is no terminal.
 
     Raises:
-        ValueError: a text is too short for its batch size, or has ids the model does not know.
+        ValueError: a text is too short for its batch size, or has ids the model does not know; or the precision
+            does not go with the model's device.
 
     Example:
         >>> trainer = Trainer(model, TrainingArguments(epochs=3), train_ids, valid_ids, output_dir="run")
@@ -102,6 +103,11 @@ class Trainer:
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
+        if arguments.precision == "bf16" and self.device.type != "cuda":
+            raise ValueError(
+                f"llmkern.Trainer: expected precision float32 for a model on {self.device}, got bf16, "
+                f"which needs CUDA"
+            )
         self._show_progress = show_progress
         self.eval_batch_size = arguments.eval_batch_size or arguments.batch_size
         lanes = checked_lanes("train_ids", train_ids, "batch_size", arguments.batch_size, model)

@@ -70,7 +70,7 @@ def test_command_lines_that_cannot_be_read(fails, arguments, message):
         ),
         (
             ["--device", "gpu9"],
-            "--device: expected a device of this machine such as cpu, got 'gpu9'",
+            "--device: expected a device of this machine such as cpu or auto, got 'gpu9'",
         ),
         (["--device", "cuda:77"], "got 'cuda:77'"),
         (["--resume"], "expected a checkpoint in run, found none"),

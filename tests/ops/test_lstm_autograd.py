@@ -25,15 +25,15 @@ def test_gradcheck(reverse, bias):
 def test_opcheck(requires_grad, bias):
     arguments = [t.requires_grad_(requires_grad) for t in layer(SHAPE, bias, dtype=torch.float32)]
     arguments += [] if bias else [None, None]
-    torch.library.opcheck(torch.ops.llmkern.lstm.default, (*arguments, True))
+    torch.library.opcheck(torch.ops.llmkern.lstm.default, (*arguments, None, None, True, True))
 
 
 def test_opcheck_of_the_backward():
     x, h_0, c_0, w_ih, w_hh = layer(SHAPE, bias=False)
     output, _, _, cells, gates = torch.ops.llmkern.lstm.default(
-        x, h_0, c_0, w_ih, w_hh, None, None, False
+        x, h_0, c_0, w_ih, w_hh, None, None, None, None, False, True
     )
-    rest = (x, h_0, c_0, w_ih, w_hh, output, cells, gates, False)
+    rest = (x, h_0, c_0, w_ih, w_hh, None, output, cells, gates, False)
     backward = torch.ops.llmkern.lstm_backward.default
     for gradients in ((output, h_0, c_0), (None, h_0, None), (None, None, None)):
         torch.library.opcheck(backward, (*gradients, *rest))
@@ -81,7 +81,7 @@ def test_nothing_requires_grad():
 
 def test_what_is_saved_is_not_differentiable():
     arguments = [t.requires_grad_() for t in layer(SHAPE)]
-    outputs = torch.ops.llmkern.lstm.default(*arguments, False)
+    outputs = torch.ops.llmkern.lstm.default(*arguments, None, None, False, True)
     assert [t.requires_grad for t in outputs] == [True, True, True, False, False]
 
 

@@ -81,12 +81,14 @@ BAD_BINDING_CALLS = [
 def test_the_binding_checks_too(name, change, message):
     """A caller who goes round Python's checks gets an error, not a wild read."""
     with pytest.raises(ValueError, match=r"llmkern\.lstm: .*" + message):
-        torch.ops.llmkern.lstm.default(*one_bad(name, change).values(), False)
+        torch.ops.llmkern.lstm.default(*one_bad(name, change).values(), None, None, False, True)
 
 
 def test_the_binding_refuses_float16():
     with pytest.raises(ValueError, match=r"input of dtype float32 or float64, got Half"):
-        torch.ops.llmkern.lstm.default(*layer((2, 3, 4, 5), dtype=torch.float16), False)
+        torch.ops.llmkern.lstm.default(
+            *layer((2, 3, 4, 5), dtype=torch.float16), None, None, False, True
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,11 +100,11 @@ def test_the_binding_refuses_float16():
 def test_the_backward_binding_checks_too(name, change):
     x, h_0, c_0, w_ih, w_hh = layer((2, 3, 4, 5), bias=False, dtype=torch.float32)
     output, _, _, cells, gates = torch.ops.llmkern.lstm.default(
-        x, h_0, c_0, w_ih, w_hh, None, None, False
+        x, h_0, c_0, w_ih, w_hh, *[None] * 4, False, True
     )
     arguments = {"grad_output": output, "grad_h_n": h_0, "grad_c_n": c_0, "input": x, "h_0": h_0}
-    arguments |= {"c_0": c_0, "weight_ih": w_ih, "weight_hh": w_hh, "output": output}
-    arguments |= {"cells": cells, "gates": gates}
+    arguments |= {"c_0": c_0, "weight_ih": w_ih, "weight_hh": w_hh, "lengths": None}
+    arguments |= {"output": output, "cells": cells, "gates": gates}
     arguments[name] = change(arguments[name])
     with pytest.raises(
         ValueError, match=rf"llmkern\.lstm: expected ({name}|every \w+( tensor)?) of"

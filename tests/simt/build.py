@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles kernels for the host: the runtime once, and a library for every .cu source a test asks for.
 
-Two flavours. ``check`` has our own checkers behind gcc's -fsanitize=thread hooks, and counts lines for the coverage
-test; ``asan`` has AddressSanitizer and UndefinedBehaviorSanitizer. Ninja rebuilds what changed, headers included.
+Three flavours. ``check`` has our own checkers behind gcc's -fsanitize=thread hooks, and counts lines for the coverage
+test; ``asan`` has AddressSanitizer and UndefinedBehaviorSanitizer; ``plain`` checks nothing and has one library, the
+operators: kernels and their torch bindings (operators.py). Ninja rebuilds what changed, headers included.
 """
 
 import os
@@ -19,27 +20,45 @@ OUT = Path("build/simt") / FLAVOUR
 CXX = os.environ.get("CXX", "g++")
 ARCHITECTURES = (800, 900)
 
-COMMON = "-std=c++20 -g1 -fPIC -pthread -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno"
+# -fno-gnu-unique: what is one in a library must not be one in the process, which may load it for two architectures.
+COMMON = "-std=c++20 -fno-gnu-unique -g1 -fPIC -pthread -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno"
 INCLUDES = f"-I{HERE}/include -I{HERE}/bindings -Icsrc"
-HOST = {"check": "-O2 -fvisibility-inlines-hidden", "asan": "-O1 -fsanitize=address"}
-# The pass for -fsanitize=thread inserts calls only; nothing links its library. -fno-gnu-unique: a __shared__ variable
-# of a template must be this library's own, even if another library has the same template.
+HOST = {
+    "check": "-O2 -fvisibility-inlines-hidden",
+    "asan": "-O1 -fsanitize=address -DSIMT_UNCHECKED",
+    "plain": "-O2 -DSIMT_UNCHECKED",
+}
+# The pass for -fsanitize=thread inserts calls only; nothing links its library.
 KERNEL = {
-    "check": "-O1 -fno-gnu-unique -Wno-unknown-pragmas -fsanitize=thread,bounds,alignment --coverage"
+    "check": "-O1 -Wno-unknown-pragmas -fsanitize=thread,bounds,alignment --coverage"
     " --param tsan-distinguish-volatile=1 --param tsan-instrument-func-entry-exit=0",
-    "asan": "-O1 -fno-gnu-unique -Wno-unknown-pragmas -fsanitize=address,undefined"
+    "asan": "-O1 -Wno-unknown-pragmas -fsanitize=address,undefined"
     " -fno-sanitize-recover=all -fno-omit-frame-pointer",
+    "plain": "-O2 -Wno-unknown-pragmas",
 }
 LINK = {
     "check": "-lgcov -Wl,-u,__gcov_dump -Wl,--wrap=memcpy -Wl,--wrap=memmove -Wl,--wrap=memset",
     "asan": "-fsanitize=address,undefined",
+    "plain": "",
 }
 RED_ZONE_BYTES = 64
+TORCH = ""
+if FLAVOUR == "plain":
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    # The bindings' CPU half is not registered here, hence unused.
+    TORCH = " ".join(f"-isystem{path}" for path in include_paths())
+    TORCH += " -DTORCH_TARGET_VERSION=0x020a000000000000 -DLLMKERN_WITH_CUDA -fvisibility=hidden -Wno-unused-function"
+    LINK["plain"] = " ".join(f"-L{path}" for path in library_paths()) + " -l:libtorch_cpu.so"
 
 RULES = f"""
 builddir = {OUT}
 rule host
   command = {CXX} {COMMON} {HOST[FLAVOUR]} {INCLUDES} -DLLMKERN_SIMT=900 -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule torch
+  command = {CXX} {COMMON} {HOST[FLAVOUR]} {TORCH} {INCLUDES} -DLLMKERN_SIMT=900 -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule library
@@ -70,6 +89,10 @@ def add_red_zones(assembly: str) -> str:
 
 def sources() -> dict[str, list[str]]:
     """Every library by name: families of the package with their binding, and what the tests of the runtime need."""
+    if FLAVOUR == "plain":
+        ops = set((ROOT / "csrc/ops").glob("*.cpp")) - {ROOT / "csrc/ops/library.cpp"}
+        files = sorted([*(ROOT / "csrc/kernels/cuda").glob("*.cu"), *ops])
+        return {"operators": [str(f.relative_to(ROOT)) for f in files]}
     found = {}
     for binding in sorted((ROOT / HERE / "bindings").glob("*.cpp")):
         kernels = ROOT / "csrc/kernels/cuda"
@@ -85,7 +108,7 @@ def _object(name: str, file: str, arch: int) -> tuple[str, str]:
     """The path of a source's object, and the statements that build it."""
     path = f"{OUT}/{name}-{arch}/{Path(file).name}"
     if not file.endswith(".cu"):
-        return f"{path}.o", f"build {path}.o: host {file}\n"
+        return f"{path}.o", f"build {path}.o: {'torch' if 'csrc/ops' in file else 'host'} {file}\n"
     text = f"build {path}.s: assemble {file}\n  arch = {arch}\n"
     return f"{path}.o", text + f"build {path}.o: object {path}.s | {HERE}/build.py\n"
 
@@ -93,7 +116,7 @@ def _object(name: str, file: str, arch: int) -> tuple[str, str]:
 def _statements() -> str:
     text = RULES
     runtime = sorted(file.stem for file in (ROOT / HERE / "runtime").glob("*.cpp"))
-    if FLAVOUR == "asan":
+    if FLAVOUR != "check":
         runtime.remove("hooks")
     for stem in runtime:
         text += f"build {OUT}/runtime/{stem}.o: host {HERE}/runtime/{stem}.cpp\n"

@@ -15,7 +15,7 @@ from .harness import Kernels
 HERE = Path(__file__).parent
 
 # Under AddressSanitizer faults end the process, and lines are not counted.
-collect_ignore = ["test_checkers.py", "test_coverage.py", "test_sanitizers.py"]
+collect_ignore = ["test_checkers.py", "test_coverage.py", "test_operators.py", "test_sanitizers.py"]
 if build.FLAVOUR == "check":
     collect_ignore = []
 

@@ -47,6 +47,13 @@ class Scratch:
 
 
 @dataclass(frozen=True)
+class SameAs:
+    """The memory of another field, which the contract allows."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Field:
     name: str
     offset: int
@@ -94,7 +101,7 @@ class Kernels:
         Args:
             struct: its name as in the binding.
             values: numbers; for pointers to const an array; for other pointers an `Output`, a `Scratch` or an array,
-                which the kernel then updates; None for a null pointer.
+                which the kernel then updates; `SameAs`; None for a null pointer.
 
         Returns:
             The arrays after the call, by field, for every `Output` and every updated array.
@@ -108,10 +115,10 @@ class Kernels:
         memory = ctypes.create_string_buffer(size)
         pointers = {}
         try:
-            for name, value in values.items():
-                data, pointer = self._pack(fields[name], value)
+            for name in sorted(values, key=lambda name: isinstance(values[name], SameAs)):
+                data, pointer = self._pack(fields[name], values[name], pointers)
                 memory[fields[name].offset : fields[name].offset + fields[name].size] = data
-                if pointer is not None:
+                if pointer is not None and not isinstance(values[name], SameAs):
                     pointers[name] = pointer
             if (error := self.library.simt_run(ctypes.c_size_t(index), memory)) is not None:
                 raise KernelError(_readable(error.decode()))
@@ -119,7 +126,11 @@ class Kernels:
         finally:
             self.runtime.simt_free_all()
 
-    def _pack(self, field: Field, value: object) -> tuple[bytes, int | None]:
+    def _pack(
+        self, field: Field, value: object, pointers: dict[str, int]
+    ) -> tuple[bytes, int | None]:
+        if isinstance(value, SameAs):
+            return pointers[value.name].to_bytes(8, "little"), pointers[value.name]
         if not field.kind.endswith("*"):
             return np.array(value, np.dtype(field.kind)).tobytes(), None
         if value is None:

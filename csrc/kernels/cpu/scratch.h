@@ -32,4 +32,22 @@ T* scratch(Slot slot, int64_t count) {
   return static_cast<T*>(buffer.memory);
 }
 
+// Memory for one call, uninitialised; for sizes that depend on data and may never come again.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(std::malloc(static_cast<size_t>(count + 1) * sizeof(T)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
 }  // namespace llmkern::cpu::LLMKERN_ISA

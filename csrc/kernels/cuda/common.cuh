@@ -13,9 +13,12 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 // The architecture device code is compiled for, 0 in nvcc's pass over the host code.
 #if defined(LLMKERN_SIMT)
@@ -65,13 +68,27 @@ inline std::string text(const LaunchShape& shape) {
          (shape.cooperative ? ", cooperative" : "");
 }
 
+// Whether this is the most dynamic shared memory that this kernel has been launched with on the current device. Asking
+// the driver takes a microsecond, and a recurrence launches the same kernel step after step.
+inline bool is_new_maximum(const void* kernel, size_t shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, size_t> largest;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return true;  // the caller's own call will fail and be reported
+  const std::lock_guard lock(mutex);
+  size_t& known = largest[{device, kernel}];
+  if (shared_bytes <= known) return false;
+  known = shared_bytes;
+  return true;
+}
+
 // More than the 48 KiB (or the 8 blocks a cluster) every device has must be asked for, kernel by kernel.
 template <class... Parameters>
 cudaError_t allow(void (*kernel)(Parameters...), const LaunchShape& shape) {
   constexpr size_t kEverywhere = 48 << 10;
   constexpr unsigned kPortableCluster = 8;
   cudaError_t status = cudaSuccess;
-  if (shape.shared_bytes > kEverywhere) {
+  if (shape.shared_bytes > kEverywhere && is_new_maximum(reinterpret_cast<const void*>(kernel), shape.shared_bytes)) {
     status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
   }

@@ -30,6 +30,8 @@ std::string kind() {
   if constexpr (std::is_pointer_v<T>) {
     using Element = std::remove_pointer_t<T>;
     return (std::is_const_v<Element> ? "const " : "") + kind<std::remove_const_t<Element>>() + "*";
+  } else if constexpr (std::is_void_v<T>) {
+    return "uint8";
   } else if constexpr (std::is_enum_v<T>) {
     return kind<std::underlying_type_t<T>>();
   } else if constexpr (std::is_same_v<T, bool>) {
@@ -83,7 +85,8 @@ struct Unwrap<void(T)> {  // the type inside parentheses, which keep its commas 
 #define SIMT_PARENTHESES ()
 #define SIMT_EXPAND(...) SIMT_EXPAND1(SIMT_EXPAND1(SIMT_EXPAND1(SIMT_EXPAND1(__VA_ARGS__))))
 #define SIMT_EXPAND1(...) SIMT_EXPAND2(SIMT_EXPAND2(SIMT_EXPAND2(SIMT_EXPAND2(__VA_ARGS__))))
-#define SIMT_EXPAND2(...) __VA_ARGS__
+#define SIMT_EXPAND2(...) SIMT_EXPAND3(SIMT_EXPAND3(SIMT_EXPAND3(SIMT_EXPAND3(__VA_ARGS__))))
+#define SIMT_EXPAND3(...) __VA_ARGS__
 #define SIMT_FIELDS(first, ...)                                                \
   +simt::bindings::field<decltype(Args::first)>(#first, offsetof(Args, first)) \
       __VA_OPT__(SIMT_FIELDS_AGAIN SIMT_PARENTHESES(__VA_ARGS__))

@@ -94,7 +94,7 @@ void prepare_shared_memory(Block& block) {
       block.statics.emplace_back("`" + s.name + "`", Space::kShared, tls + s.offset, s.bytes, &block);
     }
   }
-#ifdef __SANITIZE_ADDRESS__  // elsewhere it is filled variable by variable, on first use
+#ifdef SIMT_UNCHECKED  // elsewhere it is filled variable by variable, on first use
   std::fill_n(reinterpret_cast<unsigned char*>(block.tls), module.tls_bytes, kFill);
 #endif
   constexpr size_t kAlignment = 128;

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of LSTM weights in the kernels' own order, kept as long as the weights do not change."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from llmkern import ops
+
+# From so many rows on, copying the weights costs little beside using them.
+_ROWS = 64
+
+# Fused optimizers write to parameters without a trace in their version counters.
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class PackedWeights:
+    """A cache that a module owns; it is neither saved nor copied with it.
+
+    Whether weights may have changed is seen from their addresses, their version counters, and the steps that any
+    optimizer has taken. Writing into a parameter through ``.data`` or from outside of torch escapes all three.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeights":
+        return PackedWeights()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return PackedWeights, ()
+
+    def get(self, index: int, rows: int, weight_ih: Tensor, weight_hh: Tensor) -> Tensor | None:
+        """The copy for the index-th pair of weights, or None where there is nothing to gain or to keep.
+
+        Args:
+            index: of the layer and direction.
+            rows: T * B of this call.
+            weight_ih, weight_hh: [4*H, I], [4*H, H].
+        """
+        if rows >= _ROWS or torch.compiler.is_compiling() or not _is_plain(weight_ih, weight_hh):
+            return None
+        key = (
+            weight_ih.data_ptr(),
+            weight_ih._version,
+            weight_hh.data_ptr(),
+            weight_hh._version,
+            _optimizer_steps,
+            torch.ops.llmkern.cpu_isa(),
+        )
+        kept = self._kept.get(index)
+        if kept is None or kept[0] != key:
+            kept = key, ops.lstm_pack(weight_ih, weight_hh)
+            self._kept[index] = kept
+        return kept[1]
+
+
+def _is_plain(*weights: Tensor) -> bool:
+    """CPU parameters with a version counter; torch.func's wrappers have no memory to look at."""
+    return all(
+        type(w) in (nn.Parameter, Tensor)
+        and w.device.type == "cpu"
+        and w.dtype in (torch.float32, torch.float64)
+        and not w.is_inference()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(w)
+        for w in weights
+    )

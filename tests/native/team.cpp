@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Teams of workers on pools that run their calls side by side, one after another, or late; built by test_team.py.
+#include "kernels/cpu/team.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <vector>
+
+using namespace llmkern;
+using namespace llmkern::cpu::LLMKERN_ISA;
+
+namespace {
+
+constexpr int64_t kThreads = 3, kParts = 7, kSteps = 200;
+
+void side_by_side(int64_t n, int64_t, Parallel::Body body, const void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 1; i < n; ++i) threads.emplace_back([=] { body(context, i, i + 1); });
+  body(context, 0, 1);
+  for (std::thread& thread : threads) thread.join();
+}
+
+void one_after_another(int64_t n, int64_t, Parallel::Body body, const void* context) {
+  for (int64_t i = 0; i < n; ++i) body(context, i, i + 1);
+}
+
+void all_in_one_call(int64_t n, int64_t, Parallel::Body body, const void* context) { body(context, 0, n); }
+
+void two_calls(int64_t n, int64_t, Parallel::Body body, const void* context) {
+  std::thread other([=] { body(context, 0, 2); });
+  body(context, 2, n);
+  other.join();
+}
+
+// Every part adds what all parts had one step before: wrong as soon as one worker is a step ahead or behind.
+void check(const char* name, Parallel::Launcher launcher, bool worth_it) {
+  int64_t values[2][kParts];
+  for (int64_t& value : values[0]) value = 1;
+  run_team(Parallel(launcher, kThreads), kParts, worth_it, [&](const Share& share) {
+    for (int64_t step = 0; step < kSteps; ++step) {
+      share.barrier.wait();
+      const int64_t* before = values[step % 2];
+      for (int64_t part = share.begin; part < share.end; ++part) {
+        int64_t sum = 0;
+        for (int64_t i = 0; i < kParts; ++i) sum = (sum + before[i]) % 1000003;
+        values[(step + 1) % 2][part] = sum;
+      }
+    }
+  });
+  int64_t expected = 1;
+  for (int64_t step = 0; step < kSteps; ++step) expected = expected * kParts % 1000003;
+  for (int64_t value : values[kSteps % 2]) {
+    if (value == expected) continue;
+    std::printf("%s: expected %lld, got %lld\n", name, static_cast<long long>(expected), static_cast<long long>(value));
+    std::exit(1);
+  }
+}
+
+// A worker that fails does not leave the others waiting for ever.
+void check_failure() {
+  std::atomic<int> failed{0};
+  const auto body = [&](const Share& share) {
+    try {
+      if (share.begin == 0) throw std::runtime_error("planted");
+      share.barrier.wait();
+    } catch (const std::runtime_error&) {
+      failed.fetch_add(1);
+      share.barrier.give_up();
+    }
+  };
+  run_team(Parallel(side_by_side, kThreads), kParts, true, body);
+  if (failed.load() == kThreads) return;
+  std::printf("failure: expected %lld workers to stop, got %d\n", static_cast<long long>(kThreads), failed.load());
+  std::exit(1);
+}
+
+}  // namespace
+
+int main() {
+  check("side by side", side_by_side, true);
+  check("one after another", one_after_another, true);
+  check("all in one call", all_in_one_call, true);
+  check("two calls", two_calls, true);
+  check("not worth it", side_by_side, false);
+  check_failure();
+}
