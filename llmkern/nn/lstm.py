@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from llmkern import ops
 from llmkern.nn._packing import PackedWeights
@@ -30,6 +31,7 @@ class LSTM(nn.RNNBase):
 
     Shapes, with S = num_layers * (2 if bidirectional else 1):
         input [T, B, I] or, unbatched, [T, I]; hx = (h_0, c_0), each [S, B, H] or [S, H]; None means zeros.
+        A PackedSequence is taken too, sorted or not, and then the output is one.
         lengths int64 [B]: row b has lengths[b] steps; its output is 0 beyond them, and h_n, c_n are the states after
         them. Rows need not be sorted.
         output [T, B, H * directions]; h_n, c_n as h_0, c_0.
@@ -76,8 +78,18 @@ class LSTM(nn.RNNBase):
         """Does nothing: the kernels take the parameters as they are."""
 
     def forward(
-        self, input: Tensor, hx: State | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError(
+                    "llmkern.LSTM: expected no lengths beside a PackedSequence, which has its own"
+                )
+            return self._forward_packed(input, hx)
         batched = self._check_input(input)
         x = input if batched else input.unsqueeze(1)
         x = x.transpose(0, 1) if self.batch_first and batched else x
@@ -86,6 +98,22 @@ class LSTM(nn.RNNBase):
         if not batched:
             return output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
         return output.transpose(0, 1) if self.batch_first else output, (h_n, c_n)
+
+    def _forward_packed(
+        self, input: PackedSequence, hx: State | None
+    ) -> tuple[PackedSequence, State]:
+        """Rows in the order of the packed data, the longest first; states in the order of the caller."""
+        data, batch_sizes, order, place = input
+        steps, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+        self._check_input(steps.transpose(0, 1) if self.batch_first else steps)
+        h_0, c_0 = self._initial_state(steps, hx, batched=True)
+        if order is not None:
+            h_0, c_0 = h_0.index_select(1, order), c_0.index_select(1, order)
+        output, h_n, c_n = self._run_layers(steps, h_0, c_0, lengths.to(data.device))
+        packed = pack_padded_sequence(output, lengths).data
+        if place is not None:
+            h_n, c_n = h_n.index_select(1, place), c_n.index_select(1, place)
+        return PackedSequence(packed, batch_sizes, order, place), (h_n, c_n)
 
     def _check_input(self, input: Tensor) -> bool:
         """Whether the input has a batch dimension."""

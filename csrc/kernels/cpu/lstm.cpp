@@ -30,6 +30,9 @@ constexpr int64_t kBackwardRows = kVectorBytes == 64 ? 14 : 8;
 // Rows of the input whose products are made in one go: enough that reading the weights costs less than using them.
 constexpr int64_t kInputRows = 48;
 
+// Of a panel, multiplied by all rows before the next: most of the first-level cache.
+constexpr int64_t kPanelBytes = 24 << 10;
+
 // Multiplications and additions worth waking another thread for.
 constexpr int64_t kTeamFlops = 1 << 18;
 
@@ -99,14 +102,20 @@ void multiply_rows(int64_t height, int64_t K, const T* tile, const T* panel, T* 
   }
 }
 
-// The same for any K, summed in the blocks of k that gemm() sums: one chain of thousands of float32 additions would
-// lose a digit.
+// c[M, columns * lanes] for M rows in tiles, a block of k after the other: the part of the panel that belongs to it
+// stays in the first-level cache while the tiles pass by, and no chain of float32 additions is thousands long. The
+// order of the sum is that of k, whatever M.
 template <class T, int64_t kRows, int columns>
-void multiply(int64_t height, int64_t K, const T* tile, const T* panel, T* c, bool accumulate) {
-  for (int64_t k = 0; k < K; k += kBlockK) {
-    const int64_t depth = K - k < kBlockK ? K - k : kBlockK;
-    multiply_rows<T, kRows, columns>(height, depth, tile + k * height, panel + k * columns * kLanes<T>, c,
-                                     accumulate || k > 0);
+void multiply(int64_t M, int64_t total_rows, int64_t K, const T* tiles, const T* panel, T* c, bool accumulate) {
+  constexpr int64_t width = columns * kLanes<T>, fitting = kPanelBytes / (width * static_cast<int64_t>(sizeof(T)));
+  constexpr int64_t depth = fitting < kBlockK ? fitting : kBlockK;
+  for (int64_t k = 0; k < K; k += depth) {
+    const int64_t n = K - k < depth ? K - k : depth;
+    for (int64_t row = 0; row < M; row += kRows) {
+      const int64_t height = tile_height<kRows>(row, total_rows);
+      multiply_rows<T, kRows, columns>(height, n, tiles + row * K + k * height, panel + k * width, c + row * width,
+                                       accumulate || k > 0);
+    }
   }
 }
 
@@ -253,10 +262,8 @@ void Forward<T>::multiply_inputs(const Share& share, int64_t step, int64_t steps
   for (int64_t p = share.begin; p < share.end; ++p) {
     for (int64_t s = 0; s < steps; ++s) {
       T* to = sums + (s * panels + p - share.begin) * a.B * kGatesWidth<T>;
-      for (int64_t i = 0; i < schedule.active(schedule.time(step + s)); i += kForwardRows) {
-        multiply<T, kForwardRows, 4>(tile_height<kForwardRows>(i, a.B), a.I, input_tiles + (s * a.B + i) * a.I,
-                                     panel_weights(p), to + i * kGatesWidth<T>, false);
-      }
+      multiply<T, kForwardRows, 4>(schedule.active(schedule.time(step + s)), a.B, a.I, input_tiles + s * a.B * a.I,
+                                   panel_weights(p), to, false);
     }
   }
 }
@@ -295,15 +302,9 @@ void Forward<T>::run(const Share& share) const {
     share.barrier.wait();  // h is complete, and nobody reads the one before any more
     for (int64_t p = share.begin; p < share.end; ++p) {
       T* of_panel = sums + (step % together * panels + p - share.begin) * a.B * kGatesWidth<T>;
-      for (int64_t i = 0; i < schedule.active(t); i += kForwardRows) {
-        const int64_t height = tile_height<kForwardRows>(i, a.B);
-        T* of_tile = of_panel + i * kGatesWidth<T>;
-        multiply<T, kForwardRows, 4>(height, a.H, before + i * a.H, panel_weights(p) + a.I * kGatesWidth<T>, of_tile,
-                                     true);
-        for (int64_t j = i; j < i + height && j < schedule.active(t); ++j) {
-          finish_row(p, j, t, of_tile + (j - i) * kGatesWidth<T>, after);
-        }
-      }
+      multiply<T, kForwardRows, 4>(schedule.active(t), a.B, a.H, before, panel_weights(p) + a.I * kGatesWidth<T>,
+                                   of_panel, true);
+      for (int64_t i = 0; i < schedule.active(t); ++i) finish_row(p, i, t, of_panel + i * kGatesWidth<T>, after);
     }
   }
 }
@@ -350,7 +351,7 @@ struct Backward {
 
   void pack(int64_t panel) const;
   void run(const Share& share) const;
-  void carry(int64_t panel, int64_t t, const T* above) const;
+  void carry(int64_t panel, int64_t t, const T* above, T* dh) const;
   void finish_row(int64_t panel, int64_t i, int64_t t, T* after) const;
 };
 
@@ -365,17 +366,11 @@ void Backward<T>::pack(int64_t panel) const {
 
 // dh = da W_hh of the step before t, for the rows that ran at t: grad_h_0 is the running dh.
 template <class T>
-void Backward<T>::carry(int64_t panel, int64_t t, const T* above) const {
+void Backward<T>::carry(int64_t panel, int64_t t, const T* above, T* dh) const {
   const int64_t active = schedule.active(t);
-  for (int64_t i = 0; i < active; i += kBackwardRows) {
-    const int64_t height = tile_height<kBackwardRows>(i, a.B);
-    T dh[kBackwardRows * kUnits<T>];
-    multiply<T, kBackwardRows, 1>(height, 4 * a.H, above + i * 4 * a.H, packed + panel * 4 * a.H * kUnits<T>, dh,
-                                  false);
-    for (int64_t j = i; j < i + height && j < active; ++j) {
-      T* to = a.grad_h_0 + schedule.row(j) * a.H + panel * kUnits<T>;
-      store(to, load(dh + (j - i) * kUnits<T>), units(panel));
-    }
+  multiply<T, kBackwardRows, 1>(active, a.B, 4 * a.H, above, packed + panel * 4 * a.H * kUnits<T>, dh, false);
+  for (int64_t i = 0; i < active; ++i) {
+    store(a.grad_h_0 + schedule.row(i) * a.H + panel * kUnits<T>, load(dh + i * kUnits<T>), units(panel));
   }
 }
 
@@ -402,11 +397,12 @@ void Backward<T>::finish_row(int64_t panel, int64_t i, int64_t t, T* after) cons
 
 template <class T>
 void Backward<T>::run(const Share& share) const {
+  T* dh = scratch<T>(Slot::kPackedA, round_up(a.B, kBackwardRows) * kUnits<T>);
   for (int64_t p = share.begin; p < share.end; ++p) pack(p);
   for (int64_t s = schedule.steps(); s >= 0; --s) {  // s = steps: nothing above the last step; s = 0: only dh of h_0
     share.barrier.wait();                            // da is complete, and nobody reads the one before any more
     for (int64_t p = share.begin; p < share.end; ++p) {
-      if (s < schedule.steps()) carry(p, schedule.time(s), da_tiles[s % 2]);
+      if (s < schedule.steps()) carry(p, schedule.time(s), da_tiles[s % 2], dh);
       if (s == 0) continue;
       const int64_t t = schedule.time(s - 1);
       for (int64_t i = 0; i < schedule.active(t); ++i) finish_row(p, i, t, da_tiles[(s + 1) % 2]);
