@@ -56,11 +56,15 @@ struct LstmPack {
   int64_t I, H;
 };
 
-constexpr int64_t kLstmWidestVector = 64;  // bytes: whatever the instruction set, packed weights have this granularity
+// Whatever the instruction set: a header that names it, so that another one does not take these weights for its own,
+// and panels of whole vectors of 64 bytes.
+constexpr int64_t kLstmVectorBytes = 64;
+template <class T>
+constexpr int64_t kLstmPackHeader = kLstmVectorBytes / static_cast<int64_t>(sizeof(T));
 template <class T>
 constexpr int64_t lstm_packed_elements(int64_t I, int64_t H) {
-  constexpr int64_t kUnits = kLstmWidestVector / static_cast<int64_t>(sizeof(T));
-  return (H + kUnits - 1) / kUnits * kUnits * 4 * (I + H);
+  constexpr int64_t kUnits = kLstmVectorBytes / static_cast<int64_t>(sizeof(T));
+  return kLstmPackHeader<T> + (H + kUnits - 1) / kUnits * kUnits * 4 * (I + H);
 }
 
 template <class T>

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies of LSTM weights in the kernels' own order, kept as long as the weights do not change."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
+        self._kept: dict[int, _Kept] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeights":
         return PackedWeights()
@@ -48,21 +48,38 @@ class PackedWeights:
             rows: T * B of this call.
             weight_ih, weight_hh: [4*H, I], [4*H, H].
         """
-        if rows >= _ROWS or torch.compiler.is_compiling() or not _is_plain(weight_ih, weight_hh):
+        if rows >= _ROWS or torch.compiler.is_compiling():
             return None
-        key = (
-            weight_ih.data_ptr(),
-            weight_ih._version,
-            weight_hh.data_ptr(),
-            weight_hh._version,
-            _optimizer_steps,
-            torch.ops.llmkern.cpu_isa(),
-        )
         kept = self._kept.get(index)
-        if kept is None or kept[0] != key:
-            kept = key, ops.lstm_pack(weight_ih, weight_hh)
-            self._kept[index] = kept
-        return kept[1]
+        if kept is not None and kept.is_of(weight_ih, weight_hh):
+            return kept.packed
+        if not _is_plain(weight_ih, weight_hh):
+            return None
+        packed = ops.lstm_pack(weight_ih, weight_hh)
+        self._kept[index] = _Kept(weight_ih, weight_hh, _key(weight_ih, weight_hh), packed)
+        return packed
+
+
+class _Kept(NamedTuple):
+    weight_ih: Tensor
+    weight_hh: Tensor
+    key: tuple[int, ...]
+    packed: Tensor
+
+    def is_of(self, weight_ih: Tensor, weight_hh: Tensor) -> bool:
+        same = self.weight_ih is weight_ih and self.weight_hh is weight_hh
+        return same and self.key == _key(weight_ih, weight_hh)
+
+
+def _key(weight_ih: Tensor, weight_hh: Tensor) -> tuple[int, ...]:
+    """What differs if one of the two has been written to."""
+    return (
+        weight_ih.data_ptr(),
+        weight_ih._version,
+        weight_hh.data_ptr(),
+        weight_hh._version,
+        _optimizer_steps,
+    )
 
 
 def _is_plain(*weights: Tensor) -> bool:

@@ -91,7 +91,7 @@ def lstm_pack(weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
         weight_ih: [4*H, I]. weight_hh: [4*H, H]. On the CPU, float32 or float64.
 
     Returns:
-        A vector as large as both, for the instruction set in use (``llmkern.info()["cpu_isa"]``) alone.
+        A vector as large as both. Under another instruction set (``llmkern.info()["cpu_isa"]``) it is not used.
     """
     return torch.ops.llmkern.lstm_pack.default(weight_ih.detach(), weight_hh.detach())
 

@@ -158,8 +158,10 @@ int64_t panels_of(int64_t H) {
 template <class T>
 void execute(const LstmPack<T>& a, const Parallel& parallel) {
   const int64_t size = (a.I + a.H) * kGatesWidth<T>;
+  T* panels = a.packed + kLstmPackHeader<T>;
+  a.packed[0] = kVectorBytes;
   parallel(panels_of<T>(a.H), (1 << 15) / size + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) pack_panel(a.weight_ih, a.weight_hh, a.I, a.H, p, a.packed + p * size);
+    for (int64_t p = begin; p < end; ++p) pack_panel(a.weight_ih, a.weight_hh, a.I, a.H, p, panels + p * size);
   });
 }
 
@@ -325,13 +327,15 @@ void execute(const LstmForward<T>& a, const Parallel& parallel) {
   copy_or_zero(a.c_n, a.c_0, a.B * a.H);
   if (schedule.ragged()) clear(a);
   if (schedule.tokens() == 0) return;
-  const int64_t packed_elements = a.packed == nullptr ? lstm_packed_elements<T>(a.I, a.H) : 0;
+  const bool is_packed = a.packed != nullptr && a.packed[0] == kVectorBytes;
+  const int64_t packed_elements = is_packed ? 0 : lstm_packed_elements<T>(a.I, a.H);
   const int64_t tiles = round_up(a.B * a.H, kLanes<T>);
   T* memory = scratch<T>(Slot::kKernel, packed_elements + 2 * tiles);
-  if (a.packed == nullptr) execute(LstmPack<T>{a.weight_ih, a.weight_hh, memory, a.I, a.H}, parallel);
+  if (!is_packed) execute(LstmPack<T>{a.weight_ih, a.weight_hh, memory, a.I, a.H}, parallel);
   T* hidden = memory + packed_elements;
   if (schedule.ragged()) copy_or_zero<T>(hidden, nullptr, 2 * tiles);  // tiles are multiplied whole
-  const Forward<T> forward = {a, schedule, a.packed == nullptr ? memory : a.packed, {hidden, hidden + tiles}};
+  const T* panels = (is_packed ? a.packed : memory) + kLstmPackHeader<T>;
+  const Forward<T> forward = {a, schedule, panels, {hidden, hidden + tiles}};
   const bool worth_it = schedule.tokens() * a.H * (a.I + a.H) * 8 >= kTeamFlops;
   run_team(parallel, panels_of<T>(a.H), worth_it, [&](const Share& share) { forward.run(share); });
 }
