@@ -36,6 +36,8 @@
 // V < 2^23, so that no sum of masses leaves 63 bits.
 #pragma once
 
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 
 #include "kernels/deferred.h"
@@ -46,7 +48,7 @@ namespace llmkern {
 constexpr int64_t kMaxSampleVocabulary = int64_t{1} << 23;  // V is below it
 constexpr double kGreedyTemperature = 0x1p-100;
 
-// The settings of a row, as they come from Python. Ranges are checked by the binding.
+// The settings of a row, as they come from Python.
 struct SampleSettings {
   double temperature;         // [0, inf)
   double top_k;               // a whole number; 0 keeps all
@@ -88,6 +90,61 @@ struct Sample {
   void* workspace;  // sample_workspace_bytes(B, V, num_logprobs), aligned to 16 bytes
   DeferredError* error;
 };
+
+namespace {  // one copy an instruction-set build: the linker must not merge them
+
+// The ranges, in words and in the order of SampleSettings. Those of llmkern/ops/_sampling_arguments.py, which checks
+// numbers; tensors are checked where they have values.
+inline const char* sample_setting_range(int column) {
+  constexpr const char* kRanges[kSampleSettings] = {
+      "temperature in [0, inf)",
+      "top_k to be a whole number >= 0",
+      "top_p in (0, 1]",
+      "min_p in [0, 1]",
+      "typical_p in (0, 1]",
+      "repetition_penalty in (0, 3.4e38]",
+      "presence_penalty in [-3.4e38, 3.4e38]",
+      "frequency_penalty in [-3.4e38, 3.4e38]",
+  };
+  return kRanges[column];
+}
+
+// The first column out of its range, or -1.
+LLMKERN_HOST_DEVICE inline int wrong_setting(const SampleSettings& s) {
+  if (!(s.temperature >= 0 && s.temperature <= DBL_MAX)) return 0;
+  if (!(s.top_k >= 0 && s.top_k <= DBL_MAX && floor(s.top_k) == s.top_k)) return 1;
+  if (!(s.top_p > 0 && s.top_p <= 1)) return 2;
+  if (!(s.min_p >= 0 && s.min_p <= 1)) return 3;
+  if (!(s.typical_p > 0 && s.typical_p <= 1)) return 4;
+  if (!(s.repetition_penalty > 0 && s.repetition_penalty <= FLT_MAX)) return 5;
+  if (!(fabs(s.presence_penalty) <= FLT_MAX)) return 6;
+  if (!(fabs(s.frequency_penalty) <= FLT_MAX)) return 7;
+  return -1;
+}
+
+LLMKERN_HOST_DEVICE inline bool is_greedy(const SampleSettings& s) { return s.temperature < kGreedyTemperature; }
+
+// What step 2 multiplies by.
+LLMKERN_HOST_DEVICE inline float inverse_temperature(const SampleSettings& s) {
+  const float inverse = is_greedy(s) ? 1.0f : static_cast<float>(1.0 / s.temperature);
+  return inverse > FLT_MIN ? inverse : FLT_MIN;
+}
+
+// Whether step 1 has penalties to apply.
+LLMKERN_HOST_DEVICE inline bool penalises(const Sample& a, const SampleSettings& s) {
+  const bool has_penalty = s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0;
+  return has_penalty && (a.prompt_ids != nullptr || a.output_ids != nullptr);
+}
+
+// y, above -inf, of a token that occurs in the ids, `count` times in output_ids.
+LLMKERN_HOST_DEVICE inline float penalised(float y, const SampleSettings& s, int32_t count) {
+  const float repetition = static_cast<float>(s.repetition_penalty);
+  const float presence = static_cast<float>(s.presence_penalty), frequency = static_cast<float>(s.frequency_penalty);
+  y = y > 0 ? y / repetition : y * repetition;
+  return count > 0 ? (y - frequency * static_cast<float>(count)) - presence : y;
+}
+
+}  // namespace
 
 // CUDA: z and the occurrences of every token, and room to sort the num_logprobs first tokens (a power of two of them).
 inline int64_t sample_workspace_bytes(int64_t B, int64_t V, int64_t num_logprobs) {

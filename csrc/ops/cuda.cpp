@@ -39,16 +39,6 @@ constexpr const char* kLater =
     " (found by an earlier call: CUDA kernels run behind Python; llmkern.ops.raise_deferred_errors() after a call "
     "waits "
     "for it)";
-constexpr std::array<const char*, kSampleSettings> kSettings = {
-    "temperature in [0, inf)",
-    "top_k to be a whole number >= 0",
-    "top_p in (0, 1]",
-    "min_p in [0, 1]",
-    "typical_p in (0, 1]",
-    "repetition_penalty in (0, 3.4e38]",
-    "presence_penalty in [-3.4e38, 3.4e38]",
-    "frequency_penalty in [-3.4e38, 3.4e38]",
-};
 
 [[noreturn]] void raise(const DeferredError& e) {
   switch (static_cast<Mistake>(e.mistake)) {
@@ -59,8 +49,8 @@ constexpr std::array<const char*, kSampleSettings> kSettings = {
       fail<std::out_of_range>("linear_cross_entropy", "expected targets in [0, ", e.limit, ") or ignore_index, got ",
                               e.value, " at position ", e.position, " of the flattened targets", kLater);
     case Mistake::kSampleSetting:
-      fail("sample", "expected ", kSettings.at(static_cast<size_t>(e.limit)), ", got ", std::bit_cast<double>(e.value),
-           " in row ", e.position, kLater);
+      fail("sample", "expected ", sample_setting_range(static_cast<int>(e.limit)), ", got ",
+           std::bit_cast<double>(e.value), " in row ", e.position, kLater);
     case Mistake::kNone:
       break;
   }

@@ -2,8 +2,6 @@
 // torch.ops.llmkern.sample: schema, checks, allocation, launch. The math is in kernels/sampling.h.
 #include "kernels/sampling.h"
 
-#include <cfloat>
-#include <cmath>
 #include <tuple>
 
 #include "ops/cuda.h"
@@ -17,23 +15,11 @@ constexpr const char* kName = "sample";
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The ranges are also those of llmkern/ops/sampling.py, which checks numbers; tensors are checked here, when they have
-// values.
 void check_settings(const SampleSettings& s, int64_t row) {
-  const auto expect = [row](const char* name, const char* range, bool holds, double got) {
-    if (!holds) fail(kName, "expected ", name, " ", range, ", got ", got, " in row ", row);
-  };
-  const auto finite = [](double value) { return std::fabs(value) <= FLT_MAX; };
-  expect("temperature", "in [0, inf)", s.temperature >= 0 && std::isfinite(s.temperature), s.temperature);
-  expect("top_k", "to be a whole number >= 0", s.top_k >= 0 && std::floor(s.top_k) == s.top_k && std::isfinite(s.top_k),
-         s.top_k);
-  expect("top_p", "in (0, 1]", s.top_p > 0 && s.top_p <= 1, s.top_p);
-  expect("min_p", "in [0, 1]", s.min_p >= 0 && s.min_p <= 1, s.min_p);
-  expect("typical_p", "in (0, 1]", s.typical_p > 0 && s.typical_p <= 1, s.typical_p);
-  expect("repetition_penalty", "in (0, 3.4e38]", s.repetition_penalty > 0 && finite(s.repetition_penalty),
-         s.repetition_penalty);
-  expect("presence_penalty", "in [-3.4e38, 3.4e38]", finite(s.presence_penalty), s.presence_penalty);
-  expect("frequency_penalty", "in [-3.4e38, 3.4e38]", finite(s.frequency_penalty), s.frequency_penalty);
+  const int column = wrong_setting(s);
+  if (column < 0) return;
+  const double got = reinterpret_cast<const double*>(&s)[column];
+  fail(kName, "expected ", sample_setting_range(column), ", got ", got, " in row ", row);
 }
 
 // How far apart the rows of a [1] or [B] tensor are, each of `size` values: 0 where all share one.

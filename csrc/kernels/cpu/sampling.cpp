@@ -80,15 +80,11 @@ void for_each_id(const int64_t* ids, int64_t length, int64_t b, int64_t V, const
 
 // Three passes over the ids, none over the vocabulary: forget, count, apply once.
 void penalise(const Sample& a, const SampleSettings& s, int64_t b, int32_t* occurrences, float* y) {
-  const float repetition = static_cast<float>(s.repetition_penalty);
-  const float presence = static_cast<float>(s.presence_penalty), frequency = static_cast<float>(s.frequency_penalty);
   const auto forget = [&](int64_t v) { occurrences[v] = 0; };
   const auto apply = [&](int64_t v) {
     const int32_t count = occurrences[v];
     occurrences[v] = -1;
-    if (count < 0 || y[v] == -INFINITY) return;
-    y[v] = y[v] > 0 ? y[v] / repetition : y[v] * repetition;
-    if (count > 0) y[v] = (y[v] - frequency * static_cast<float>(count)) - presence;
+    if (count >= 0 && y[v] != -INFINITY) y[v] = penalised(y[v], s, count);
   };
   for_each_id(a.prompt_ids, a.prompt_length, b, a.V, forget);
   for_each_id(a.output_ids, a.output_length, b, a.V, forget);
@@ -115,20 +111,15 @@ bool scale(const float* y, float inverse, float* z, Row* row) {
   return !has_nan && num_live > 0;
 }
 
-bool is_greedy(const SampleSettings& s) { return s.temperature < kGreedyTemperature; }
-
 // Fills w.z and the row; false when it is invalid.
 bool logits_to_z(const Sample& a, const SampleSettings& s, int64_t b, const Workspace& w, Row* row) {
-  const bool has_penalty = s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0;
-  const bool penalised = has_penalty && (a.prompt_ids != nullptr || a.output_ids != nullptr);
   const float* y = a.logits + b * a.V;
-  if (a.bias != nullptr || a.allowed != nullptr || penalised) {
+  if (a.bias != nullptr || a.allowed != nullptr || penalises(a, s)) {
     add_bias(a, b, w.y);
-    if (penalised) penalise(a, s, b, w.occurrences, w.y);
+    if (penalises(a, s)) penalise(a, s, b, w.occurrences, w.y);
     y = w.y;
   }
-  const float inverse = is_greedy(s) ? 1.0f : static_cast<float>(1.0 / s.temperature);
-  return scale(y, inverse > FLT_MIN ? inverse : FLT_MIN, w.z, row);
+  return scale(y, inverse_temperature(s), w.z, row);
 }
 
 // ---- step 3: masses ----

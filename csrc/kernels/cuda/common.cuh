@@ -12,6 +12,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -170,6 +171,18 @@ struct alignas(sizeof(T) * N) Pack {
   T x[N];
 };
 
+// Whether a P may be loaded from there.
+template <class P>
+__device__ bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % alignof(P) == 0;
+}
+
+// CUDA's functions by one name for both types.
+__device__ inline float exponential(float x) { return expf(x); }
+__device__ inline double exponential(double x) { return exp(x); }
+__device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }  // rounded once
+__device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
 // Blocks here are one-dimensional and whole warps.
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
@@ -209,16 +222,23 @@ __device__ T warp_scan(T value, Operation operation) {
   return value;
 }
 
+// One value of every warp, that of the given lane, for all threads of the block to read.
+template <int kThreads, class T>
+__device__ const T* values_of_warps(T value, int lane) {
+  static_assert(kThreads % kWarp == 0);
+  __shared__ T of_warp[kThreads / kWarp];
+  __syncthreads();  // an earlier call's values may still be read
+  if (lane_index() == lane) of_warp[warp_index()] = value;
+  __syncthreads();
+  return of_warp;
+}
+
 // The reduction over the block, in every thread, always in the same order. Every thread of the block must call it.
 template <int kThreads, class T, class Operation>
 __device__ T block_reduce(T value, Operation operation) {
-  static_assert(kThreads % kWarp == 0);
-  __shared__ T of_warp[kThreads / kWarp];
   value = warp_reduce(value, operation);
   if constexpr (kThreads == kWarp) return value;
-  __syncthreads();  // of_warp may still be read by an earlier call
-  if (lane_index() == 0) of_warp[warp_index()] = value;
-  __syncthreads();
+  const T* of_warp = values_of_warps<kThreads>(value, 0);
   value = of_warp[0];
   for (int warp = 1; warp < kThreads / kWarp; ++warp) value = operation(value, of_warp[warp]);
   return value;
@@ -227,13 +247,9 @@ __device__ T block_reduce(T value, Operation operation) {
 // Thread t gets the reduction of threads 0..t. Every thread of the block must call it.
 template <int kThreads, class T, class Operation>
 __device__ T block_scan(T value, Operation operation) {
-  static_assert(kThreads % kWarp == 0);
-  __shared__ T of_warp[kThreads / kWarp];
   value = warp_scan(value, operation);
   if constexpr (kThreads == kWarp) return value;
-  __syncthreads();  // of_warp may still be read by an earlier call
-  if (lane_index() == kWarp - 1) of_warp[warp_index()] = value;
-  __syncthreads();
+  const T* of_warp = values_of_warps<kThreads>(value, kWarp - 1);
   if (warp_index() == 0) return value;
   T before = of_warp[0];
   for (int warp = 1; warp < warp_index(); ++warp) before = operation(before, of_warp[warp]);

@@ -27,16 +27,6 @@ constexpr int kLanes = 16 / static_cast<int>(sizeof(W));
 template <class W, int kThreads>
 constexpr int kResident = std::min(16, (sizeof(W) == 4 ? 768 : 512) / kThreads);
 
-__device__ inline float exponential(float x) { return expf(x); }
-__device__ inline double exponential(double x) { return exp(x); }
-__device__ inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ inline double fused(double a, double b, double c) { return fma(a, b, c); }
-
-template <class P>
-__device__ bool is_aligned(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % alignof(P) == 0;
-}
-
 // Packs lie on 16-byte boundaries of the logits, whatever V is: the first and the last of a row may reach beyond it.
 // Their elements outside [0, V) become `absent`.
 template <int kCount, class T>
@@ -253,7 +243,7 @@ struct RowGradient {
   }
 
   __device__ W operator()(W logit, W weight, bool is_target) const {
-    const W g = fused(exponential(logit - lse_high - lse_low), probability_scale, -soft_scale * weight);
+    const W g = multiply_add(exponential(logit - lse_high - lse_low), probability_scale, -soft_scale * weight);
     return is_target ? g - hard : g;
   }
 };

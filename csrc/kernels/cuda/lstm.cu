@@ -16,8 +16,6 @@ namespace llmkern::cuda {
 
 namespace {
 
-__device__ inline float exponential(float x) { return expf(x); }
-__device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float hyperbolic_tangent(float x) { return tanhf(x); }
 __device__ inline double hyperbolic_tangent(double x) { return tanh(x); }
 
@@ -148,7 +146,6 @@ struct Widths {
 template <class T, int kRows>
 __global__ void __launch_bounds__(kTileThreads, 1) lstm_forward_step(LstmRecurrence<T> a, int64_t s, Widths widths) {
   using Product = FourPlaneProduct<T, kRows>;
-  static_assert(Product::kSums * sizeof(Widened<T>) <= kTileBytes<T, Product>);
   const Tile<kRows> tile(a.B, a.H);
   const int64_t t = time_of(a, s);
 
@@ -164,25 +161,13 @@ __global__ void __launch_bounds__(kTileThreads, 1) lstm_forward_step(LstmRecurre
     wanted = j < a.H;
     return a.weight_hh + (wanted ? (r / kTileColumns * a.H + j) * a.H : 0);
   });
-  T *a_stages = shared_memory<T>(), *b_stages = a_stages + kTileStages * Product::A::kElements;
-  const auto copy = [&](int stage, int64_t chunk) {
-    states.copy(a_stages + stage * Product::A::kElements, chunk);
-    weights.copy(b_stages + stage * Product::B::kElements, chunk);
-  };
-
   const bool any = a.lengths == nullptr || tile.any_row([&](int64_t b) { return course_of(a, b).runs(t); });
   const int64_t chunks = any ? ceil_div(a.H, Product::kChunk) : 0;
-  fill_pipeline(chunks, copy);
+  Pipeline<T, Product> pipeline(states, weights, chunks);
   CellInputs<T> in[tile.kCells];
   tile.for_cells([&](int i, int64_t b, int64_t j) { in[i] = load_inputs(a, t, b, j); });
 
-  Product product;
-  run_pipeline(chunks, copy, [&](int stage) {
-    product.multiply(a_stages + stage * Product::A::kElements, b_stages + stage * Product::B::kElements);
-  });
-  Widened<T>* sums = shared_memory<Widened<T>>();
-  product.store(sums);
-  __syncthreads();
+  const Widened<T>* sums = pipeline.multiply();
   tile.for_cells([&](int i, int64_t b, int64_t j) {
     for (int g = 0; g < 4; ++g) {
       in[i].gate[g] += product_at<Product>(sums, g, tile.cell_row(i), tile.cell_column());
@@ -249,7 +234,6 @@ template <class T, int kRows>
 __global__ void __launch_bounds__(kTileThreads, 1)
     lstm_backward_step(LstmRecurrenceBackward<T> a, int64_t s, Widths widths) {
   using Product = OnePlaneProduct<T, kRows>;
-  static_assert(Product::kSums * sizeof(Widened<T>) <= kTileBytes<T, Product>);
   const Tile<kRows> tile(a.B, a.H);
   const int64_t t = time_of(a, s), K = 4 * a.H;
   // The step whose gate gradients make this step's dh; rows that have none are taken as zeros.
@@ -267,24 +251,12 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     return a.grad_gates + (wanted ? (source(b) * a.B + b) * K : 0);
   });
   const typename Product::B weights(a.weight_hh, K, a.H, tile.unit, widths.weights);
-  T *a_stages = shared_memory<T>(), *b_stages = a_stages + kTileStages * Product::A::kElements;
-  const auto copy = [&](int stage, int64_t chunk) {
-    gates.copy(a_stages + stage * Product::A::kElements, chunk);
-    weights.copy(b_stages + stage * Product::B::kElements, chunk);
-  };
-
   const int64_t chunks = tile.any_row(has_source) ? ceil_div(K, Product::kChunk) : 0;
-  fill_pipeline(chunks, copy);
+  Pipeline<T, Product> pipeline(gates, weights, chunks);
   CellSaved<T> in[tile.kCells] = {};
   if (s >= 0) tile.for_cells([&](int i, int64_t b, int64_t j) { in[i] = load_saved(a, t, b, j); });
 
-  Product product;
-  run_pipeline(chunks, copy, [&](int stage) {
-    product.multiply(a_stages + stage * Product::A::kElements, b_stages + stage * Product::B::kElements);
-  });
-  Widened<T>* sums = shared_memory<Widened<T>>();
-  product.store(sums);
-  __syncthreads();
+  const Widened<T>* sums = pipeline.multiply();
   tile.for_cells([&](int i, int64_t b, int64_t j) {
     in[i].dh += product_at<Product>(sums, 0, tile.cell_row(i), tile.cell_column());
     if (s < 0) {

@@ -121,32 +121,7 @@ class RowsAcrossK {
   int width_;
 };
 
-// ---- the pipeline ---------------------------------------------------------------------------------------------------
-
-// Starts the copies of the first chunks. copy(stage, chunk) copies one chunk.
-template <class Copy>
-__device__ void fill_pipeline(int64_t chunks, const Copy& copy) {
-#pragma unroll
-  for (int chunk = 0; chunk < kTileStages - 1; ++chunk) {
-    if (chunk < chunks) copy(chunk, chunk);
-    async_commit();
-  }
-}
-
-// multiply(stage) for every chunk. Afterwards shared memory is free for other use.
-template <class Copy, class Multiply>
-__device__ void run_pipeline(int64_t chunks, const Copy& copy, const Multiply& multiply) {
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    async_wait<kTileStages - 2>();
-    __syncthreads();  // this chunk has come for all, and the one before it has been read by all
-    const int64_t next = chunk + kTileStages - 1;
-    if (next < chunks) copy(static_cast<int>(next % kTileStages), next);
-    async_commit();
-    multiply(static_cast<int>(chunk % kTileStages));
-  }
-  async_wait<0>();
-  __syncthreads();
-}
+// ---- sums -----------------------------------------------------------------------------------------------------------
 
 // x[0] + ... + x[N - 1], always in the order told above.
 template <int N, class X>
@@ -173,9 +148,6 @@ __device__ inline typename Product::Sum product_at(const typename Product::Sum* 
 //
 // kSlices sets of threads divide the groups of a chunk, kOwn = kChains / kSlices chains to a thread.
 
-__device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-
 template <class T, int kRowsOfTile, int kPlanesOfTile, int kChainsOfTile, int kSlicesOfTile>
 struct ProductShape {
   using Sum = Widened<T>;
@@ -188,6 +160,21 @@ struct ProductShape {
     return ((slice * kPlanes + plane) * kRows + row) * kTileColumns + column;
   }
 };
+
+// A thread's sums, its chains taken together: that of its row r and column or plane p goes to index(r, p).
+template <class T, int kOwn, int kOf, class Index>
+__device__ void store_chains(T* sums, const T (&sum)[kOwn][kOf][4], const Index& index) {
+#pragma unroll
+  for (int r = 0; r < kOf; ++r) {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      T x[kOwn];
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) x[c] = sum[c][r][p];
+      sums[index(r, p)] = sum_of_chains<kOwn>(x);
+    }
+  }
+}
 
 constexpr int rows_a_thread(int rows) { return rows < 16 ? 1 : 4; }
 
@@ -235,16 +222,7 @@ struct FourPlanes : ProductShape<T, kRows, 4, 4, 16 * rows_a_thread(kRows) / kRo
   }
 
   __device__ void store(T* sums) const {
-#pragma unroll
-    for (int r = 0; r < kOf; ++r) {
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        T x[kOwn];
-#pragma unroll
-        for (int c = 0; c < kOwn; ++c) x[c] = sum[c][r][p];
-        sums[Shape::index(slice, p, row + r * (kRows / kOf), column)] = sum_of_chains<kOwn>(x);
-      }
-    }
+    store_chains<T>(sums, sum, [&](int r, int p) { return Shape::index(slice, p, row + r * (kRows / kOf), column); });
   }
 };
 
@@ -292,16 +270,8 @@ struct OnePlane : ProductShape<T, kRows, 1, 16, 64 * rows_a_thread(kRows) / kRow
   }
 
   __device__ void store(T* sums) const {
-#pragma unroll
-    for (int r = 0; r < kOf; ++r) {
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        T x[kOwn];
-#pragma unroll
-        for (int c = 0; c < kOwn; ++c) x[c] = sum[c][r][p];
-        sums[Shape::index(slice, 0, row + r * (kRows / kOf), column + p)] = sum_of_chains<kOwn>(x);
-      }
-    }
+    store_chains<T>(sums, sum,
+                    [&](int r, int p) { return Shape::index(slice, 0, row + r * (kRows / kOf), column + p); });
   }
 };
 
@@ -401,7 +371,63 @@ using FourPlaneProduct = std::conditional_t<sizeof(T) == 2, FourPlanesByMatrices
 template <class T, int kRows>
 using OnePlaneProduct = std::conditional_t<sizeof(T) == 2, OnePlaneByMatrices<T, kRows>, OnePlane<T, kRows>>;
 
+// ---- the pipeline ---------------------------------------------------------------------------------------------------
+
 template <class T, class Product>
 constexpr size_t kTileBytes = kTileStages * (Product::A::kElements + Product::B::kElements) * sizeof(T);
+
+// A block's product of A and B: chunks of both pass through its dynamic shared memory, kTileBytes, which then holds the
+// sums. For every thread of the block.
+template <class T, class Product>
+class Pipeline {
+ public:
+  using A = typename Product::A;
+  using B = typename Product::B;
+  static_assert(Product::kSums * sizeof(Widened<T>) <= kTileBytes<T, Product>);
+
+  __device__ Pipeline(const A& a, const B& b, int64_t chunks) : a_(a), b_(b), chunks_(chunks) {
+#pragma unroll
+    for (int chunk = 0; chunk < kTileStages - 1; ++chunk) {
+      if (chunk < chunks_) copy(chunk);
+      async_commit();
+    }
+  }
+
+  // The sums, for product_at.
+  __device__ const Widened<T>* multiply() {
+    Product product;
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      async_wait<kTileStages - 2>();
+      __syncthreads();  // this chunk has come for all, and the one before it has been read by all
+      const int64_t next = chunk + kTileStages - 1;
+      if (next < chunks_) copy(next);
+      async_commit();
+      product.multiply(a_stage(chunk), b_stage(chunk));
+    }
+    async_wait<0>();
+    __syncthreads();  // the stages become the sums' memory
+    Widened<T>* sums = shared_memory<Widened<T>>();
+    product.store(sums);
+    __syncthreads();
+    return sums;
+  }
+
+ private:
+  __device__ static T* a_stage(int64_t chunk) {
+    return shared_memory<T>() + static_cast<int>(chunk % kTileStages) * A::kElements;
+  }
+  __device__ static T* b_stage(int64_t chunk) {
+    constexpr int kFirst = kTileStages * A::kElements;
+    return shared_memory<T>() + kFirst + static_cast<int>(chunk % kTileStages) * B::kElements;
+  }
+  __device__ void copy(int64_t chunk) const {
+    a_.copy(a_stage(chunk), chunk);
+    b_.copy(b_stage(chunk), chunk);
+  }
+
+  const A& a_;
+  const B& b_;
+  int64_t chunks_;
+};
 
 }  // namespace llmkern::cuda
