@@ -14,7 +14,20 @@
 // input [T, B, I], output and cells [T, B, H], gates [T, B, 4H], weight_ih [4H, I], weight_hh [4H, H], biases [4H],
 // states [B, H]; row-major, contiguous. output[t] and cells[t] belong to input[t] in both directions.
 //
-// Saved for the backward pass: output, cells and the activated gates.
+// Saved for the backward pass: output, cells and the activated gates. Without the gates it computes them again.
+//
+// Variants (LstmVariant), each on its own or with the others:
+//
+//   projection (Sak et al. 2014)       h_t = W_hr (o * tanh(c_t))        h, h_0, output: P instead of H columns
+//   layer norm (Ba et al. 2016, as in  a_t = LN(W_ih x_t) * u_ih + b_ih + LN(W_hh h_{t-1}) * u_hh + b_hh
+//     Haste)                           h_t = o * tanh(LN(c_t) * u_c + v_c)
+//   zoneout (Krueger et al. 2017)      c'_t = z_c ? c'_{t-1} : c_t       h'_t = z_h ? h'_{t-1} : h_t
+//   reset                              h_{t-1} and c_{t-1} of a row are 0 for a step t at which its reset[t, b] is set
+//
+// with LN(v) = (v - mean v) / sqrt(variance v + 1e-5) over the 4H or H elements of a row. Under zoneout the primed
+// values are what is output, saved and carried on; h_t is made from the new c_t; z are masks of mask.h, purposes
+// kZoneoutCell and kZoneoutHidden, rows t * B + b. Without a seed their expectation takes the place of a draw:
+// c'_t = p c'_{t-1} + (1 - p) c_t.
 //
 // Backward, with dh_t the gradient of h_t from above and from the next step:
 //
@@ -34,17 +47,32 @@
 
 namespace llmkern {
 
+// Null or 0: not this variant.
+template <class T>
+struct LstmVariant {
+  const T* weight_hr;   // [P, H]
+  const T* norm_gates;  // [2, 4H]: u_ih, u_hh
+  const T* norm_cell;   // [2, H]: u_c, v_c
+  const bool* reset;    // [steps, B]
+  double zoneout_h, zoneout_c;
+  const int64_t* seed;  // null: the expectation
+};
+
 template <class T>
 struct LstmForward {
   const T *input, *h_0, *c_0;
   const T *weight_ih, *weight_hh;
   const T *bias_ih, *bias_hh;  // both, or both null
-  const int64_t* lengths;      // [B], each in [0, steps], or null
-  const T* packed;             // the weights as LstmPack has written them, or null
+  LstmVariant<T> variant;
+  const int64_t* lengths;  // [B], each in [0, steps], or null
+  const T* packed;         // the weights as LstmPack has written them, or null
   T* output;
-  T *cells, *gates;  // both null where there will be no backward pass
+  Widened<T>* cells;  // these null where nobody needs them
+  T* gates;
+  T* normalized;       // with layer norm and gates: LN(W_ih x_t), LN(W_hh h_{t-1}), [2, steps, B, 4H]
+  Widened<T>* scales;  // [steps, B, 4]: 1 / deviation of these two; mean and 1 / deviation of c_t
   T *h_n, *c_n;
-  int64_t steps, B, I, H;
+  int64_t steps, B, I, H, P;  // P = H without projection
   bool reverse;
 };
 
@@ -53,7 +81,7 @@ template <class T>
 struct LstmPack {
   const T *weight_ih, *weight_hh;
   T* packed;  // [lstm_packed_elements]
-  int64_t I, H;
+  int64_t I, H, P;
 };
 
 // Whatever the instruction set: a header that names it, so that another one does not take these weights for its own,
@@ -62,23 +90,30 @@ constexpr int64_t kLstmVectorBytes = 64;
 template <class T>
 constexpr int64_t kLstmPackHeader = kLstmVectorBytes / static_cast<int64_t>(sizeof(T));
 template <class T>
-constexpr int64_t lstm_packed_elements(int64_t I, int64_t H) {
+constexpr int64_t lstm_packed_elements(int64_t I, int64_t H, int64_t P) {
   constexpr int64_t kUnits = kLstmVectorBytes / static_cast<int64_t>(sizeof(T));
-  return kLstmPackHeader<T> + (H + kUnits - 1) / kUnits * kUnits * 4 * (I + H);
+  return kLstmPackHeader<T> + (H + kUnits - 1) / kUnits * kUnits * 4 * (I + P);
 }
 
 template <class T>
 struct LstmBackward {
   const T *grad_output, *grad_h_n, *grad_c_n;  // each may be null: zero
+  const Widened<T>* grad_cells;                // or null
   const T *input, *h_0, *c_0;
   const T *weight_ih, *weight_hh;
+  const T *bias_ih, *bias_hh;  // or null
+  LstmVariant<T> variant;
   const int64_t* lengths;  // or null
-  const T *output, *cells, *gates;
-  T* grad_gates;  // workspace [T, B, 4H]: da of every step
+  const T* output;
+  const Widened<T>* cells;
+  const T *gates, *normalized;  // null: computed again
+  const Widened<T>* scales;
+  T* grad_gates;  // [T, B, 4H]: da of every step; may be null where the gradients of the weights are wanted
   T *grad_input, *grad_h_0, *grad_c_0;
-  T *grad_weight_ih, *grad_weight_hh;
-  T* grad_bias;  // [4H]: the gradient of both biases
-  int64_t steps, B, I, H;
+  T *grad_weight_ih, *grad_weight_hh;  // null: the gradients of weights, biases and gains are not wanted
+  T* grad_bias;                        // [4H]: the gradient of both biases
+  T *grad_weight_hr, *grad_norm_gates, *grad_norm_cell;
+  int64_t steps, B, I, H, P;
   bool reverse;
 };
 

@@ -59,9 +59,6 @@ void for_cuda_dtype(const char* what, const char* name, const Tensor& tensor, co
   }
 }
 
-// The dtype of Widened<T>.
-inline ScalarType widened(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
-
 // a [m, k] times b [k, n] by the framework; sums in float32 at least, the result of a's dtype, the given one (a's own
 // or float32), or into `out` [m, n], of a's dtype.
 Tensor product(const Tensor& a, const Tensor& b);

@@ -78,6 +78,9 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
   return torch::stable::new_empty(like, shape, dtype);
 }
 
+// The dtype of Widened<T>.
+inline ScalarType widened(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
 template <class T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());

@@ -19,11 +19,11 @@ namespace {
 
 template <class T>
 void execute(const LstmPack<T>& a, const Parallel& parallel) {
-  const int64_t size = (a.I + a.H) * kGatesWidth<T>;
+  const int64_t size = (a.I + a.P) * kGatesWidth<T>;
   T* panels = a.packed + kLstmPackHeader<T>;
   a.packed[0] = kVectorBytes;
   parallel(panels_of<T>(a.H), (1 << 15) / size + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) pack_panel(a.weight_ih, a.weight_hh, a.I, a.H, p, panels + p * size);
+    for (int64_t p = begin; p < end; ++p) pack_panel(a.weight_ih, a.weight_hh, a.I, a.H, a.P, p, panels + p * size);
   });
 }
 
@@ -35,10 +35,10 @@ void execute(const LstmForward<T>& a, const Parallel& parallel) {
   if (schedule.ragged()) clear(a);
   if (schedule.tokens() == 0) return;
   const bool is_packed = a.packed != nullptr && a.packed[0] == kVectorBytes;
-  const int64_t packed_elements = is_packed ? 0 : lstm_packed_elements<T>(a.I, a.H);
+  const int64_t packed_elements = is_packed ? 0 : lstm_packed_elements<T>(a.I, a.H, a.P);
   const int64_t tiles = round_up(a.B * a.H, kLanes<T>);
   T* memory = scratch<T>(Slot::kKernel, packed_elements + 2 * tiles);
-  if (!is_packed) execute(LstmPack<T>{a.weight_ih, a.weight_hh, memory, a.I, a.H}, parallel);
+  if (!is_packed) execute(LstmPack<T>{a.weight_ih, a.weight_hh, memory, a.I, a.H, a.P}, parallel);
   T* hidden = memory + packed_elements;
   if (schedule.ragged()) copy_or_zero<T>(hidden, nullptr, 2 * tiles);  // tiles are multiplied whole
   const T* panels = (is_packed ? a.packed : memory) + kLstmPackHeader<T>;
@@ -48,7 +48,9 @@ void execute(const LstmForward<T>& a, const Parallel& parallel) {
 }
 
 template <class T>
-void execute(const LstmBackward<T>& a, const Parallel& parallel) {
+void execute(const LstmBackward<T>& given, const Parallel& parallel) {
+  LstmBackward<T> a = given;
+  if (a.grad_gates == nullptr) a.grad_gates = scratch<T>(Slot::kGates, a.steps * a.B * 4 * a.H);
   const Schedule schedule(a.steps, a.B, a.lengths, a.reverse);
   backward_through_time(a, schedule, parallel);
   if (schedule.ragged()) {
@@ -56,7 +58,7 @@ void execute(const LstmBackward<T>& a, const Parallel& parallel) {
   } else {
     whole_products(a, schedule, parallel);
   }
-  sum_rows(schedule.tokens(), 4 * a.H, a.grad_gates, a.grad_bias, false, parallel);
+  if (a.grad_bias != nullptr) sum_rows(schedule.tokens(), 4 * a.H, a.grad_gates, a.grad_bias, false, parallel);
 }
 
 }  // namespace

@@ -55,7 +55,8 @@ void Backward<T>::finish_row(int64_t panel, int64_t i, int64_t t, T* after) cons
   Vec<T> dh = load(a.grad_h_0 + state, n);
   if (a.grad_output != nullptr) dh += load(a.grad_output + at, n);
   const Vec<T> tanh_c = tanh(load(a.cells + at, n));
-  const Vec<T> dc = fma(dh * gate[3], 1 - tanh_c * tanh_c, load(a.grad_c_0 + state, n));
+  Vec<T> dc = fma(dh * gate[3], 1 - tanh_c * tanh_c, load(a.grad_c_0 + state, n));
+  if (a.grad_cells != nullptr) dc += load(a.grad_cells + at, n);
   const Vec<T> da[4] = {dc * gate[2] * gate[0] * (1 - gate[0]), dc * load(c_prev, n) * gate[1] * (1 - gate[1]),
                         dc * gate[0] * (1 - gate[2] * gate[2]), dh * tanh_c * gate[3] * (1 - gate[3])};
   store(a.grad_c_0 + state, dc * gate[1], n);
@@ -134,6 +135,7 @@ void whole_products(const LstmBackward<T>& a, const Schedule& schedule, const Pa
   const int64_t H = a.H, B = a.B, rows = a.steps * B;
   gemm(rows, a.I, 4 * H, row_major(a.grad_gates, 4 * H), row_major(a.weight_ih, a.I), a.grad_input, a.I, false,
        parallel);
+  if (a.grad_weight_ih == nullptr) return;
   gemm(4 * H, a.I, rows, transposed(a.grad_gates, 4 * H), row_major(a.input, a.I), a.grad_weight_ih, a.I, false,
        parallel);
   // h_{t-1} is h_0 for the first step that ran and the output of the neighbouring step for the others.

@@ -136,11 +136,11 @@ void pack_gates(const T* weight, int64_t K, int64_t H, int64_t first, T* panel) 
   }
 }
 
-// [I + H, kGatesWidth]: the input's weights, then the recurrent ones.
+// [I + P, kGatesWidth]: the input's weights, then the recurrent ones.
 template <class T>
-void pack_panel(const T* weight_ih, const T* weight_hh, int64_t I, int64_t H, int64_t panel, T* to) {
+void pack_panel(const T* weight_ih, const T* weight_hh, int64_t I, int64_t H, int64_t P, int64_t panel, T* to) {
   pack_gates(weight_ih, I, H, panel * kUnits<T>, to);
-  pack_gates(weight_hh, H, H, panel * kUnits<T>, to + I * kGatesWidth<T>);
+  pack_gates(weight_hh, P, H, panel * kUnits<T>, to + I * kGatesWidth<T>);
 }
 
 template <class T>
