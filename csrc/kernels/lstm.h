@@ -95,6 +95,20 @@ constexpr int64_t lstm_packed_elements(int64_t I, int64_t H, int64_t P) {
   return kLstmPackHeader<T> + (H + kUnits - 1) / kUnits * kUnits * 4 * (I + P);
 }
 
+// The weights in the order in which the backward pass reads them: for the products da W_hh and da W_ih of a step.
+template <class T>
+struct LstmPackBackward {
+  const T *weight_ih, *weight_hh;
+  T* packed;  // [lstm_packed_backward_elements]
+  int64_t I, H, P;
+};
+
+template <class T>
+constexpr int64_t lstm_packed_backward_elements(int64_t I, int64_t H, int64_t P) {
+  constexpr int64_t kUnits = kLstmVectorBytes / static_cast<int64_t>(sizeof(T));
+  return kLstmPackHeader<T> + ((P + kUnits - 1) / kUnits + (I + kUnits - 1) / kUnits) * kUnits * 4 * H;
+}
+
 template <class T>
 struct LstmBackward {
   const T *grad_output, *grad_h_n, *grad_c_n;  // each may be null: zero
@@ -108,13 +122,23 @@ struct LstmBackward {
   const Widened<T>* cells;
   const T *gates, *normalized;  // null: computed again
   const Widened<T>* scales;
-  T* grad_gates;  // [T, B, 4H]: da of every step; may be null where the gradients of the weights are wanted
+  const T* packed;  // the weights as LstmPackBackward has written them, or null
+  T* grad_gates;    // [T, B, 4H]: da of every step; may be null where the gradients of the weights are wanted
   T *grad_input, *grad_h_0, *grad_c_0;
   T *grad_weight_ih, *grad_weight_hh;  // null: the gradients of weights, biases and gains are not wanted
   T* grad_bias;                        // [4H]: the gradient of both biases
   T *grad_weight_hr, *grad_norm_gates, *grad_norm_cell;
   int64_t steps, B, I, H, P;
   bool reverse;
+};
+
+// The gradients of the weights from da, x and h_{t-1} of N tokens, of any number of steps.
+template <class T>
+struct LstmWeightGradients {
+  const T *grad_gates, *input, *previous;  // [N, 4H], [N, I], [N, P]
+  T *grad_weight_ih, *grad_weight_hh;
+  T* grad_bias;
+  int64_t N, I, H, P;
 };
 
 // CUDA: every step after its input's product. One launch a step, on one stream.

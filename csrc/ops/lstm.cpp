@@ -137,20 +137,74 @@ int64_t packed_elements(ScalarType dtype, int64_t I, int64_t H, int64_t P) {
   return dtype == ScalarType::Double ? lstm_packed_elements<double>(I, H, P) : lstm_packed_elements<float>(I, H, P);
 }
 
+Sizes check_weights(const Tensor& weight_ih, const Tensor& weight_hh) {
+  check_dim(kName, "weight_ih", weight_ih, 2);
+  check_dim(kName, "weight_hh", weight_hh, 2);
+  const int64_t I = weight_ih.size(1), H = weight_hh.size(0) / 4, P = weight_hh.size(1);
+  check_shape(kName, "weight_hh", weight_hh, {4 * H, P});
+  check_shape(kName, "weight_ih", weight_ih, {4 * H, I});
+  check_dtype(kName, "weight_ih", weight_ih, weight_hh.scalar_type());
+  return {0, 0, I, H, P};
+}
+
 Tensor lstm_pack_cpu(const Tensor& weight_ih_any, const Tensor& weight_hh_any) {
-  check_dim(kName, "weight_ih", weight_ih_any, 2);
-  check_dim(kName, "weight_hh", weight_hh_any, 2);
-  const int64_t I = weight_ih_any.size(1), H = weight_hh_any.size(0) / 4, P = weight_hh_any.size(1);
-  check_shape(kName, "weight_hh", weight_hh_any, {4 * H, P});
-  check_shape(kName, "weight_ih", weight_ih_any, {4 * H, I});
-  check_dtype(kName, "weight_ih", weight_ih_any, weight_hh_any.scalar_type());
+  const Sizes n = check_weights(weight_ih_any, weight_hh_any);
   const Tensor weight_ih = row_major(weight_ih_any), weight_hh = row_major(weight_hh_any);
-  const Tensor packed = empty(weight_hh, {packed_elements(weight_hh.scalar_type(), I, H, P)});
+  const Tensor packed = empty(weight_hh, {packed_elements(weight_hh.scalar_type(), n.I, n.H, n.P)});
   for_float_dtype(kName, "weight_hh", weight_hh, [&](auto value) {
     using T = decltype(value);
-    cpu::run(LstmPack<T>{data<T>(weight_ih), data<T>(weight_hh), mutable_data<T>(packed), I, H, P}, torch_parallel());
+    cpu::run(LstmPack<T>{data<T>(weight_ih), data<T>(weight_hh), mutable_data<T>(packed), n.I, n.H, n.P},
+             torch_parallel());
   });
   return packed;
+}
+
+int64_t packed_backward_elements(ScalarType dtype, int64_t I, int64_t H, int64_t P) {
+  return dtype == ScalarType::Double ? lstm_packed_backward_elements<double>(I, H, P)
+                                     : lstm_packed_backward_elements<float>(I, H, P);
+}
+
+Tensor lstm_pack_backward_cpu(const Tensor& weight_ih_any, const Tensor& weight_hh_any) {
+  const Sizes n = check_weights(weight_ih_any, weight_hh_any);
+  const Tensor weight_ih = row_major(weight_ih_any), weight_hh = row_major(weight_hh_any);
+  const Tensor packed = empty(weight_hh, {packed_backward_elements(weight_hh.scalar_type(), n.I, n.H, n.P)});
+  for_float_dtype(kName, "weight_hh", weight_hh, [&](auto value) {
+    using T = decltype(value);
+    const LstmPackBackward<T> pack = {data<T>(weight_ih), data<T>(weight_hh), mutable_data<T>(packed), n.I, n.H, n.P};
+    cpu::run(pack, torch_parallel());
+  });
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_weight_gradients_cpu(const Tensor& grad_gates_any, const Tensor& input_any,
+                                                             const Tensor& previous_any) {
+  check_dim(kName, "grad_gates", grad_gates_any, 2);
+  check_dim(kName, "input", input_any, 2);
+  check_dim(kName, "previous", previous_any, 2);
+  const ScalarType dtype = grad_gates_any.scalar_type();
+  const int64_t N = grad_gates_any.size(0), H = grad_gates_any.size(1) / 4;
+  const int64_t I = input_any.size(1), P = previous_any.size(1);
+  check_parameter("grad_gates", grad_gates_any, dtype, {N, 4 * H});
+  check_parameter("input", input_any, dtype, {N, I});
+  check_parameter("previous", previous_any, dtype, {N, P});
+  const Tensor grad_gates = row_major(grad_gates_any), input = row_major(input_any), previous = row_major(previous_any);
+  const Tensor grad_weight_ih = empty(input, {4 * H, I}), grad_weight_hh = empty(input, {4 * H, P});
+  const Tensor grad_bias = empty(input, {4 * H});
+  for_float_dtype(kName, "grad_gates", grad_gates, [&](auto value) {
+    using T = decltype(value);
+    const LstmWeightGradients<T> gradients = {data<T>(grad_gates),
+                                              data<T>(input),
+                                              data<T>(previous),
+                                              mutable_data<T>(grad_weight_ih),
+                                              mutable_data<T>(grad_weight_hh),
+                                              mutable_data<T>(grad_bias),
+                                              N,
+                                              I,
+                                              H,
+                                              P};
+    cpu::run(gradients, torch_parallel());
+  });
+  return {grad_weight_ih, grad_weight_hh, grad_bias};
 }
 
 // A result that is only there `if` somebody needs it; otherwise empty.
@@ -227,7 +281,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
                            const OptionalTensor& lengths_any, const OptionalTensor& reset_any,
                            const OptionalTensor& seed, const Tensor& output, const Tensor& cells, const Tensor& gates,
                            const Tensor& normalized, const Tensor& scales, double zoneout_h, double zoneout_c,
-                           bool reverse, bool weights) {
+                           bool reverse, bool weights, const OptionalTensor& packed) {
   const Layer given = {input_any,   h_0_any,     c_0_any,       weight_ih_any,  weight_hh_any,
                        bias_ih_any, bias_hh_any, weight_hr_any, norm_gates_any, norm_cell_any,
                        lengths_any, reset_any,   seed,          zoneout_h,      zoneout_c};
@@ -236,6 +290,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
   const bool norm = given.norm_gates.has_value(), projection = given.weight_hr.has_value();
   saved_any.check(n, dtype, wide, norm);
+  check_parameter("packed", packed, dtype, {packed_backward_elements(dtype, n.I, n.H, n.P)});
   if (!weights && given.lengths) fail(kName, "expected weights=True beside lengths, got False");
   const Layer layer = given.contiguous();
   const Saved saved = saved_any.contiguous();
@@ -269,6 +324,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
                              saved.has_gates() ? data<T>(saved.gates) : nullptr,
                              saved.has_gates() && norm ? data<T>(saved.normalized) : nullptr,
                              saved.has_gates() && norm ? data<Widened<T>>(saved.scales) : nullptr,
+                             data<T>(packed),
                              data_if<T>(!weights, grad_gates),
                              mutable_data<T>(grad_input),
                              mutable_data<T>(grad_h_0),
@@ -298,6 +354,11 @@ Tensor rows_of(const Tensor& steps) {  // [T, B, X] as [T * B, X]
 
 Sizes check_cuda(const Layer& layer, const OptionalTensor& grad_cells, bool weights) {
   const Sizes n = layer.check();
+  for (const OptionalTensor& tensor :
+       {OptionalTensor(layer.h_0), OptionalTensor(layer.c_0), OptionalTensor(layer.weight_ih),
+        OptionalTensor(layer.weight_hh), layer.bias_ih, layer.bias_hh, layer.lengths}) {
+    if (tensor && !same_device(*tensor, layer.input)) fail(kName, "expected every tensor on one device");
+  }
   if (!layer.is_plain() || grad_cells.has_value() || !weights) {
     fail(kName, "expected a layer without projection, layer norm, zoneout, reset and cell states on CUDA");
   }
@@ -346,7 +407,8 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
                             const OptionalTensor& norm_gates, const OptionalTensor& norm_cell,
                             const OptionalTensor& lengths_any, const OptionalTensor& reset, const OptionalTensor& seed,
                             const Tensor& output, const Tensor& cells, const Tensor& gates, const Tensor& normalized,
-                            const Tensor& scales, double zoneout_h, double zoneout_c, bool reverse, bool weights) {
+                            const Tensor& scales, double zoneout_h, double zoneout_c, bool reverse, bool weights,
+                            const OptionalTensor&) {
   const Layer given = {input_any,   h_0_any,     c_0_any,   weight_ih_any, weight_hh_any,
                        bias_ih_any, bias_hh_any, weight_hr, norm_gates,    norm_cell,
                        lengths_any, reset,       seed,      zoneout_h,     zoneout_c};
@@ -399,12 +461,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
       "float zoneout_c=0.0, bool reverse=False, bool save_cells=False, bool save_gates=False) -> (Tensor output, "
       "Tensor h_n, Tensor c_n, Tensor cells, Tensor gates, Tensor normalized, Tensor scales)");
   m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh) -> Tensor");
+  m.def("lstm_pack_backward(Tensor weight_ih, Tensor weight_hh) -> Tensor");
+  m.def(
+      "lstm_weight_gradients(Tensor grad_gates, Tensor input, Tensor previous) -> (Tensor grad_weight_ih, "
+      "Tensor grad_weight_hh, Tensor grad_bias)");
   m.def(
       "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor input, "
       "Tensor h_0, Tensor c_0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
       "Tensor? weight_hr, Tensor? norm_gates, Tensor? norm_cell, Tensor? lengths, Tensor? reset, Tensor? seed, "
       "Tensor output, Tensor cells, Tensor gates, Tensor normalized, Tensor scales, float zoneout_h=0.0, "
-      "float zoneout_c=0.0, bool reverse=False, bool weights=True) -> (Tensor grad_input, Tensor grad_h_0, "
+      "float zoneout_c=0.0, bool reverse=False, bool weights=True, Tensor? packed=None) -> (Tensor grad_input, Tensor "
+      "grad_h_0, "
       "Tensor grad_c_0, Tensor grad_gates, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias, "
       "Tensor grad_weight_hr, Tensor grad_norm_gates, Tensor grad_norm_cell)");
 }
@@ -412,6 +479,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
   m.impl("lstm", TORCH_BOX(&lstm_cpu));
   m.impl("lstm_pack", TORCH_BOX(&lstm_pack_cpu));
+  m.impl("lstm_pack_backward", TORCH_BOX(&lstm_pack_backward_cpu));
+  m.impl("lstm_weight_gradients", TORCH_BOX(&lstm_weight_gradients_cpu));
   m.impl("lstm_backward", TORCH_BOX(&lstm_backward_cpu));
 }
 #endif

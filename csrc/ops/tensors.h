@@ -65,17 +65,37 @@ inline void check_dtype(const char* what, const char* name, const Tensor& tensor
   }
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
 // The kernels index with plain row-major arithmetic. An expanded gradient (stride 0, from .sum()) is the classic trap.
-inline Tensor row_major(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+inline Tensor row_major(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 inline OptionalTensor row_major(const OptionalTensor& tensor) {
   if (!tensor.has_value()) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
+  return row_major(*tensor);
 }
 
+// On the device of `like`, row-major. Not torch::stable::new_empty: it looks the operator up by its name every time, a
+// microsecond for each result of a step that takes ten.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
                     std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, shape, dtype);
+  constexpr size_t kMostDimensions = 4;
+  const size_t dimensions = shape.size();
+  int64_t strides[kMostDimensions], count = 1;
+  if (dimensions > kMostDimensions) fail("tensors", "expected at most 4 dimensions, got ", dimensions);
+  for (size_t d = dimensions; d-- > 0; count *= shape.begin()[d]) strides[d] = count;
+  int32_t device_type, element;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &element));
+  if (dtype) element = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), shape.begin(), strides,
+                                                         element, device_type, like.get_device_index(), &made));
+  return Tensor(made);
 }
 
 // The dtype of Widened<T>.

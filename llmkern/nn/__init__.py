@@ -3,7 +3,8 @@
 
 from llmkern.nn.embedding import Embedding
 from llmkern.nn.linear_cross_entropy import LinearCrossEntropyLoss
-from llmkern.nn.lstm import LSTM, LSTMCell
+from llmkern.nn.lstm import LSTM
+from llmkern.nn.lstm_cell import LSTMCell
 from llmkern.nn.sampler import Sampler
 
 __all__ = ["LSTM", "Embedding", "LSTMCell", "LinearCrossEntropyLoss", "Sampler"]

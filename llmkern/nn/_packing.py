@@ -24,8 +24,18 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-class PackedWeights:
-    """A cache that a module owns; it is neither saved nor copied with it.
+class ModuleCache:
+    """What a module keeps for itself; it is neither saved nor copied with it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModuleCache":
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+
+class PackedWeights(ModuleCache):
+    """Copies in the order of the forward kernels and, for cells, of the backward ones.
 
     Whether weights may have changed is seen from their addresses, their version counters, and the steps that any
     optimizer has taken. Writing into a parameter through ``.data`` or from outside of torch escapes all three.
@@ -34,13 +44,14 @@ class PackedWeights:
     def __init__(self) -> None:
         self._kept: dict[int, _Kept] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeights":
-        return PackedWeights()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return PackedWeights, ()
-
-    def get(self, index: int, rows: int, weight_ih: Tensor, weight_hh: Tensor) -> Tensor | None:
+    def get(
+        self,
+        index: int,
+        rows: int,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        backward: bool = False,
+    ) -> Tensor | None:
         """The copy for the index-th pair of weights, or None where there is nothing to gain or to keep.
 
         Args:
@@ -50,13 +61,15 @@ class PackedWeights:
         """
         if rows >= _ROWS or torch.compiler.is_compiling():
             return None
-        kept = self._kept.get(index)
+        place = ~index if backward else index
+        kept = self._kept.get(place)
         if kept is not None and kept.is_of(weight_ih, weight_hh):
             return kept.packed
         if not _is_plain(weight_ih, weight_hh):
             return None
-        packed = ops.lstm_pack(weight_ih, weight_hh)
-        self._kept[index] = _Kept(weight_ih, weight_hh, _key(weight_ih, weight_hh), packed)
+        pack = torch.ops.llmkern.lstm_pack_backward.default if backward else ops.lstm_pack
+        packed = pack(weight_ih.detach(), weight_hh.detach())
+        self._kept[place] = _Kept(weight_ih, weight_hh, _key(weight_ih, weight_hh), packed)
         return packed
 
 

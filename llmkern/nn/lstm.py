@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-ins for torch.nn.LSTM and torch.nn.LSTMCell."""
+"""Drop-in for torch.nn.LSTM."""
 
 from typing import Any
 
@@ -178,39 +178,3 @@ class LSTM(nn.RNNBase):
             if self.dropout > 0 and self.training and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout)
         return x, torch.stack(h_n), torch.stack(c_n)
-
-
-class LSTMCell(nn.LSTMCell):
-    """``torch.nn.LSTMCell`` on llmkern's kernels: one step of an LSTM layer.
-
-    Shapes:
-        input [B, I] or [I]; hx = (h_0, c_0), each [B, H] or [H], zeros when None; returns (h_1, c_1) of their shape.
-
-    Example:
-        >>> cell = llmkern.nn.LSTMCell(256, 512)
-        >>> h_1, c_1 = cell(torch.randn(20, 256))
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._packed = PackedWeights()
-
-    def forward(self, input: Tensor, hx: State | None = None) -> State:
-        if not isinstance(input, Tensor):
-            raise TypeError(f"llmkern.LSTMCell: expected a Tensor, got {type(input).__name__}")
-        if input.dim() not in (1, 2):
-            raise ValueError(
-                f"llmkern.LSTMCell: expected input of shape [B, I] or [I], got {list(input.shape)}"
-            )
-        batched = input.dim() == 2
-        x = input if batched else input.unsqueeze(0)
-        if hx is None:
-            zeros = x.new_zeros(x.shape[0], self.hidden_size)
-            h_0, c_0 = zeros, zeros
-        else:
-            h_0, c_0 = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        packed = self._packed.get(0, x.shape[0], self.weight_ih, self.weight_hh)
-        h_1, c_1 = ops.lstm_cell(
-            x, h_0, c_0, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, packed=packed
-        )
-        return (h_1, c_1) if batched else (h_1.squeeze(0), c_1.squeeze(0))

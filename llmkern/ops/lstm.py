@@ -75,32 +75,26 @@ def lstm(
         >>> w_ih, w_hh = torch.randn(2048, 256) / 16, torch.randn(2048, 512) / 23
         >>> output, h_n, c_n = llmkern.ops.lstm(x, state, state, w_ih, w_hh)
     """
-    tensors = _validated(
-        "lstm",
-        "T, B, I",
-        input,
-        h_0,
-        c_0,
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        weight_hr,
-        norm_gates,
-        norm_cell,
-    )
-    masks = _valid_masks(input, lengths, reset, seed, (zoneout_h, zoneout_c))
-    saves = _differentiable(tensors)
-    output, h_n, c_n, cells, *_ = torch.ops.llmkern.lstm.default(
-        *tensors,
-        *masks,
-        packed,
-        zoneout_h,
-        zoneout_c,
-        reverse,
-        saves or return_cells,
-        saves and not (recompute and input.device.type == "cpu"),
-    )
+    layer = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    layer = (*layer, weight_hr, norm_gates, norm_cell)
+    try:
+        tensors = _autocast.cast(*layer)
+        saves = _differentiable(tensors)
+        output, h_n, c_n, cells, *_ = _run(
+            *tensors,
+            None if lengths is None else _valid_lengths(lengths, input),
+            reset,
+            seed,
+            packed,
+            zoneout_h,
+            zoneout_c,
+            reverse,
+            saves or return_cells,
+            saves and not (recompute and input.device.type == "cpu"),
+        )
+    except Exception as error:
+        masks = lengths, reset, seed, (zoneout_h, zoneout_c)
+        raise explained(error, "lstm", "T, B, I", *layer, masks=masks) from None
     return (output, h_n, c_n, cells) if return_cells else (output, h_n, c_n)
 
 
@@ -116,14 +110,15 @@ def lstm_cell(
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of :func:`lstm`: input [B, I] and states [B, H] to the next states h_1, c_1 [B, H]."""
-    tensors = _validated(
-        "lstm_cell", "B, I", input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
-    )
-    step, *others = tensors
-    saves = _differentiable(tensors)
-    _, h_1, c_1, *_ = torch.ops.llmkern.lstm.default(
-        step.unsqueeze(0), *others, packed=packed, save_cells=saves, save_gates=saves
-    )
+    layer = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
+    try:
+        step, *others = tensors = _autocast.cast(*layer)
+        saves = _differentiable(tensors)
+        _, h_1, c_1, *_ = _run(
+            step.unsqueeze(0), *others, packed=packed, save_cells=saves, save_gates=saves
+        )
+    except Exception as error:
+        raise explained(error, "lstm_cell", "B, I", *layer) from None
     return h_1, c_1
 
 
@@ -137,6 +132,32 @@ def lstm_pack(weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
         A vector as large as both. Under another instruction set (``llmkern.info()["cpu_isa"]``) it is not used.
     """
     return torch.ops.llmkern.lstm_pack.default(weight_ih.detach(), weight_hh.detach())
+
+
+def _run(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    """The operator. Where nothing is recorded it is called below autograd, which would do the same, 6 us later."""
+    operator = torch.ops.llmkern.lstm.default
+    recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    if recorded or torch._C._functorch.peek_interpreter_stack() is not None:
+        return operator(*arguments, **options)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments, **options)  # type: ignore[no-any-return]
+
+
+def explained(
+    error: Exception, op: str, input_letters: str, *layer: Any, masks: Any = None
+) -> Exception:
+    """What is wrong with these arguments, or the error itself: the operator checks them too, but in its own words.
+
+    So a call that is right pays for one set of checks, the operator's, which takes no time beside Python's.
+    """
+    try:
+        _validated(op, input_letters, *layer)
+        if masks is not None:
+            _valid_masks(layer[0], *masks)
+    except (TypeError, ValueError) as better:
+        return better
+    return error
 
 
 def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
@@ -272,6 +293,8 @@ def _lstm_fake(  # type: ignore[no-untyped-def]
     save_cells=False,
     save_gates=False,
 ):
+    layer = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
+    _validate("lstm", "T, B, I", *layer, weight_hr, norm_gates, norm_cell)
     T, B, _ = input.shape
     H, P = c_0.shape[1], h_0.shape[1]
     wide = _checks.widened(input.dtype)
@@ -315,6 +338,7 @@ def _lstm_backward_fake(  # type: ignore[no-untyped-def]
     zoneout_c=0.0,
     reverse=False,
     weights=True,
+    packed=None,
 ):
     T, B, _ = input.shape
     dense = [input.new_empty(t.shape) for t in (input, h_0, c_0)]
@@ -325,6 +349,16 @@ def _lstm_backward_fake(  # type: ignore[no-untyped-def]
         *dense,
         grad_gates,
         *[input.new_empty(t.shape if weights and t is not None else (0,)) for t in wanted],
+    )
+
+
+@torch.library.register_fake("llmkern::lstm_weight_gradients")
+def _lstm_weight_gradients_fake(grad_gates, input, previous):  # type: ignore[no-untyped-def]
+    columns = grad_gates.shape[1]
+    return (
+        input.new_empty(columns, input.shape[1]),
+        input.new_empty(columns, previous.shape[1]),
+        input.new_empty(columns),
     )
 
 

@@ -48,6 +48,30 @@ void execute(const LstmForward<T>& a, const Parallel& parallel) {
 }
 
 template <class T>
+void execute(const LstmPackBackward<T>& a, const Parallel& parallel) {
+  const int64_t size = 4 * a.H * kUnits<T>, recurrent = panels_of<T>(a.P), grain = (1 << 15) / (size + 1) + 1;
+  T* panels = a.packed + kLstmPackHeader<T>;
+  a.packed[0] = kVectorBytes;
+  parallel(recurrent + panels_of<T>(a.I), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      if (p < recurrent) {
+        pack_column_panel(a.weight_hh, 4 * a.H, a.P, p, panels + p * size);
+      } else {
+        pack_column_panel(a.weight_ih, 4 * a.H, a.I, p - recurrent, panels + p * size);
+      }
+    }
+  });
+}
+
+template <class T>
+void execute(const LstmWeightGradients<T>& a, const Parallel& parallel) {
+  const Matrix<T> columns = transposed(a.grad_gates, 4 * a.H);
+  gemm(4 * a.H, a.I, a.N, columns, row_major(a.input, a.I), a.grad_weight_ih, a.I, false, parallel);
+  gemm(4 * a.H, a.P, a.N, columns, row_major(a.previous, a.P), a.grad_weight_hh, a.P, false, parallel);
+  sum_rows(a.N, 4 * a.H, a.grad_gates, a.grad_bias, false, parallel);
+}
+
+template <class T>
 void execute(const LstmBackward<T>& given, const Parallel& parallel) {
   LstmBackward<T> a = given;
   if (a.grad_gates == nullptr) a.grad_gates = scratch<T>(Slot::kGates, a.steps * a.B * 4 * a.H);
@@ -70,6 +94,10 @@ void run(const Args& args, const Parallel& parallel) {
 
 template void run(const LstmPack<float>&, const Parallel&);
 template void run(const LstmPack<double>&, const Parallel&);
+template void run(const LstmPackBackward<float>&, const Parallel&);
+template void run(const LstmPackBackward<double>&, const Parallel&);
+template void run(const LstmWeightGradients<float>&, const Parallel&);
+template void run(const LstmWeightGradients<double>&, const Parallel&);
 template void run(const LstmForward<float>&, const Parallel&);
 template void run(const LstmForward<double>&, const Parallel&);
 template void run(const LstmBackward<float>&, const Parallel&);

@@ -9,38 +9,52 @@ namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
 template <class T>
+int64_t units_of(int64_t columns, int64_t panel) {
+  return columns - panel * kUnits<T> < kUnits<T> ? columns - panel * kUnits<T> : kUnits<T>;
+}
+
+// A panel of the columns of weight [rows, columns]: [rows][kUnits]; columns beyond the last are 0.
+template <class T>
+void pack_column_panel(const T* weight, int64_t rows, int64_t columns, int64_t panel, T* to) {
+  const int64_t n = units_of<T>(columns, panel);
+  const T* from = weight + panel * kUnits<T>;
+  for (int64_t k = 0; k < rows; ++k, to += kUnits<T>, from += columns) store(to, load(from, n));
+}
+
+template <class T>
 struct Backward {
   const LstmBackward<T>& a;
   const Schedule& schedule;
-  T* packed;       // [panels][4H][kUnits]: the recurrent weights
-  T* da_tiles[2];  // [B, 4H] in tiles: da of the step before, and of this step
+  const T* recurrent;  // [panels][4H][kUnits]: the recurrent weights
+  const T* inputs;     // and those of the input, or null: their products are made later, over all steps at once
+  T* unpacked;         // where `recurrent` is still to be written, or null
+  T* da_tiles[2];      // [B, 4H] in tiles: da of the step before, and of this step
 
-  int64_t units(int64_t panel) const {
-    return a.H - panel * kUnits<T> < kUnits<T> ? a.H - panel * kUnits<T> : kUnits<T>;
-  }
+  int64_t units(int64_t panel) const { return units_of<T>(a.H, panel); }
 
-  void pack(int64_t panel) const;
   void run(const Share& share) const;
   void carry(int64_t panel, int64_t t, const T* above, T* dh) const;
+  void carry_to_input(int64_t panel, int64_t t, const T* above, T* dx) const;
   void finish_row(int64_t panel, int64_t i, int64_t t, T* after) const;
 };
-
-template <class T>
-void Backward<T>::pack(int64_t panel) const {
-  const int64_t n = units(panel);
-  T* to = packed + panel * 4 * a.H * kUnits<T>;
-  for (int64_t k = 0; k < 4 * a.H; ++k, to += kUnits<T>) {
-    store(to, load(a.weight_hh + k * a.H + panel * kUnits<T>, n));  // units beyond H are 0
-  }
-}
 
 // dh = da W_hh of the step before t, for the rows that ran at t: grad_h_0 is the running dh.
 template <class T>
 void Backward<T>::carry(int64_t panel, int64_t t, const T* above, T* dh) const {
   const int64_t active = schedule.active(t);
-  multiply<T, kBackwardRows, 1>(active, a.B, 4 * a.H, above, packed + panel * 4 * a.H * kUnits<T>, dh, false);
+  multiply<T, kBackwardRows, 1>(active, a.B, 4 * a.H, above, recurrent + panel * 4 * a.H * kUnits<T>, dh, false);
   for (int64_t i = 0; i < active; ++i) {
     store(a.grad_h_0 + schedule.row(i) * a.H + panel * kUnits<T>, load(dh + i * kUnits<T>), units(panel));
+  }
+}
+
+// dx = da W_ih of the step t.
+template <class T>
+void Backward<T>::carry_to_input(int64_t panel, int64_t t, const T* above, T* dx) const {
+  const int64_t active = schedule.active(t), n = units_of<T>(a.I, panel);
+  multiply<T, kBackwardRows, 1>(active, a.B, 4 * a.H, above, inputs + panel * 4 * a.H * kUnits<T>, dx, false);
+  for (int64_t i = 0; i < active; ++i) {
+    store(a.grad_input + (t * a.B + schedule.row(i)) * a.I + panel * kUnits<T>, load(dx + i * kUnits<T>), n);
   }
 }
 
@@ -69,7 +83,11 @@ void Backward<T>::finish_row(int64_t panel, int64_t i, int64_t t, T* after) cons
 template <class T>
 void Backward<T>::run(const Share& share) const {
   T* dh = scratch<T>(Slot::kPackedA, round_up(a.B, kBackwardRows) * kUnits<T>);
-  for (int64_t p = share.begin; p < share.end; ++p) pack(p);
+  const int64_t panels = panels_of<T>(a.H), input_panels = inputs == nullptr ? 0 : panels_of<T>(a.I);
+  const int64_t first_input = input_panels * share.begin / panels, last_input = input_panels * share.end / panels;
+  for (int64_t p = share.begin; unpacked != nullptr && p < share.end; ++p) {
+    pack_column_panel(a.weight_hh, 4 * a.H, a.H, p, unpacked + p * 4 * a.H * kUnits<T>);
+  }
   for (int64_t s = schedule.steps(); s >= 0; --s) {  // s = steps: nothing above the last step; s = 0: only dh of h_0
     share.barrier.wait();                            // da is complete, and nobody reads the one before any more
     for (int64_t p = share.begin; p < share.end; ++p) {
@@ -78,21 +96,34 @@ void Backward<T>::run(const Share& share) const {
       const int64_t t = schedule.time(s - 1);
       for (int64_t i = 0; i < schedule.active(t); ++i) finish_row(p, i, t, da_tiles[(s + 1) % 2]);
     }
+    for (int64_t p = first_input; s < schedule.steps() && p < last_input; ++p) {
+      carry_to_input(p, schedule.time(s), da_tiles[s % 2], dh);
+    }
   }
 }
 
-// grad_gates of every token, and the gradients of the initial states.
+// Whether the weights are there in the order of this instruction set; those of the input serve whole steps alone.
+template <class T>
+bool has_panels(const LstmBackward<T>& a, const Schedule& schedule) {
+  return a.packed != nullptr && a.packed[0] == kVectorBytes && !schedule.ragged();
+}
+
+// grad_gates of every token, and the gradients of the initial states; with packed weights that of the input too.
 template <class T>
 void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
   copy_or_zero(a.grad_h_0, a.grad_h_n, a.B * a.H);
   copy_or_zero(a.grad_c_0, a.grad_c_n, a.B * a.H);
   if (schedule.tokens() == 0) return;
+  const bool is_packed = has_panels(a, schedule);
   const int64_t panels = panels_of<T>(a.H), weights = panels * 4 * a.H * kUnits<T>;
   const int64_t tiles = round_up(a.B * 4 * a.H, kLanes<T>);
-  T* memory = scratch<T>(Slot::kKernel, weights + 2 * tiles);
-  if (schedule.ragged()) copy_or_zero<T>(memory + weights, nullptr, 2 * tiles);
-  const Backward<T> backward = {a, schedule, memory, {memory + weights, memory + weights + tiles}};
-  const bool worth_it = schedule.tokens() * a.H * a.H * 8 >= kTeamFlops;
+  T* memory = scratch<T>(Slot::kKernel, 2 * tiles + (is_packed ? 0 : weights));
+  if (schedule.ragged()) copy_or_zero<T>(memory, nullptr, 2 * tiles);
+  T* unpacked = is_packed ? nullptr : memory + 2 * tiles;
+  const T* recurrent = is_packed ? a.packed + kLstmPackHeader<T> : unpacked;
+  const T* inputs = is_packed ? recurrent + weights : nullptr;
+  const Backward<T> backward = {a, schedule, recurrent, inputs, unpacked, {memory, memory + tiles}};
+  const bool worth_it = schedule.tokens() * a.H * (a.H + (is_packed ? a.I : 0)) * 8 >= kTeamFlops;
   run_team(parallel, panels, worth_it, [&](const Share& share) { backward.run(share); });
 }
 
@@ -133,8 +164,10 @@ void ragged_products(const LstmBackward<T>& a, const Schedule& schedule, const P
 template <class T>
 void whole_products(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
   const int64_t H = a.H, B = a.B, rows = a.steps * B;
-  gemm(rows, a.I, 4 * H, row_major(a.grad_gates, 4 * H), row_major(a.weight_ih, a.I), a.grad_input, a.I, false,
-       parallel);
+  if (!has_panels(a, schedule)) {
+    gemm(rows, a.I, 4 * H, row_major(a.grad_gates, 4 * H), row_major(a.weight_ih, a.I), a.grad_input, a.I, false,
+         parallel);
+  }
   if (a.grad_weight_ih == nullptr) return;
   gemm(4 * H, a.I, rows, transposed(a.grad_gates, 4 * H), row_major(a.input, a.I), a.grad_weight_ih, a.I, false,
        parallel);
