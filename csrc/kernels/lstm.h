@@ -132,13 +132,16 @@ struct LstmBackward {
   bool reverse;
 };
 
-// The gradients of the weights from da, x and h_{t-1} of N tokens, of any number of steps.
+// The gradients of the weights from da, x and h_{t-1} of steps that were made one by one.
 template <class T>
 struct LstmWeightGradients {
-  const T *grad_gates, *input, *previous;  // [N, 4H], [N, I], [N, P]
+  const T* const* grad_gates;  // a matrix a step: [rows, 4H]
+  const T* const* input;       // [rows, I]
+  const T* const* previous;    // [rows, P]
+  const int64_t* rows;         // [steps]
   T *grad_weight_ih, *grad_weight_hh;
   T* grad_bias;
-  int64_t N, I, H, P;
+  int64_t steps, I, H, P;
 };
 
 // CUDA: every step after its input's product. One launch a step, on one stream.

@@ -176,29 +176,46 @@ Tensor lstm_pack_backward_cpu(const Tensor& weight_ih_any, const Tensor& weight_
   return packed;
 }
 
-std::tuple<Tensor, Tensor, Tensor> lstm_weight_gradients_cpu(const Tensor& grad_gates_any, const Tensor& input_any,
-                                                             const Tensor& previous_any) {
-  check_dim(kName, "grad_gates", grad_gates_any, 2);
-  check_dim(kName, "input", input_any, 2);
-  check_dim(kName, "previous", previous_any, 2);
-  const ScalarType dtype = grad_gates_any.scalar_type();
-  const int64_t N = grad_gates_any.size(0), H = grad_gates_any.size(1) / 4;
-  const int64_t I = input_any.size(1), P = previous_any.size(1);
-  check_parameter("grad_gates", grad_gates_any, dtype, {N, 4 * H});
-  check_parameter("input", input_any, dtype, {N, I});
-  check_parameter("previous", previous_any, dtype, {N, P});
-  const Tensor grad_gates = row_major(grad_gates_any), input = row_major(input_any), previous = row_major(previous_any);
-  const Tensor grad_weight_ih = empty(input, {4 * H, I}), grad_weight_hh = empty(input, {4 * H, P});
-  const Tensor grad_bias = empty(input, {4 * H});
-  for_float_dtype(kName, "grad_gates", grad_gates, [&](auto value) {
+using Steps = std::vector<Tensor>;
+
+// Row-major, each with as many rows as `rows` says; what is not row-major is replaced by a copy.
+template <class T>
+std::vector<const T*> pointers(const char* name, Steps& steps, const std::vector<int64_t>& rows, int64_t columns,
+                               ScalarType dtype) {
+  if (steps.size() != rows.size()) fail(kName, "expected ", rows.size(), " steps of ", name, ", got ", steps.size());
+  std::vector<const T*> result;
+  for (size_t s = 0; s < steps.size(); ++s) {
+    check_parameter(name, steps[s], dtype, {rows[s], columns});
+    steps[s] = row_major(steps[s]);
+    result.push_back(data<T>(steps[s]));
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_weight_gradients_cpu(Steps grad_gates, Steps input, Steps previous) {
+  if (grad_gates.empty() || input.empty() || previous.empty()) fail(kName, "expected at least one step, got none");
+  check_dim(kName, "input", input[0], 2);
+  check_dim(kName, "previous", previous[0], 2);
+  check_dim(kName, "grad_gates", grad_gates[0], 2);
+  const int64_t I = input[0].size(1), P = previous[0].size(1), H = grad_gates[0].size(1) / 4;
+  const ScalarType dtype = grad_gates[0].scalar_type();
+  std::vector<int64_t> rows;
+  for (const Tensor& step : grad_gates) rows.push_back(step.dim() == 2 ? step.size(0) : -1);
+  const Tensor grad_weight_ih = empty(input[0], {4 * H, I}), grad_weight_hh = empty(input[0], {4 * H, P});
+  const Tensor grad_bias = empty(input[0], {4 * H});
+  for_float_dtype(kName, "grad_gates", grad_gates[0], [&](auto value) {
     using T = decltype(value);
-    const LstmWeightGradients<T> gradients = {data<T>(grad_gates),
-                                              data<T>(input),
-                                              data<T>(previous),
+    const auto gates_at = pointers<T>("grad_gates", grad_gates, rows, 4 * H, dtype);
+    const auto input_at = pointers<T>("input", input, rows, I, dtype);
+    const auto previous_at = pointers<T>("previous", previous, rows, P, dtype);
+    const LstmWeightGradients<T> gradients = {gates_at.data(),
+                                              input_at.data(),
+                                              previous_at.data(),
+                                              rows.data(),
                                               mutable_data<T>(grad_weight_ih),
                                               mutable_data<T>(grad_weight_hh),
                                               mutable_data<T>(grad_bias),
-                                              N,
+                                              static_cast<int64_t>(rows.size()),
                                               I,
                                               H,
                                               P};
@@ -463,7 +480,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh) -> Tensor");
   m.def("lstm_pack_backward(Tensor weight_ih, Tensor weight_hh) -> Tensor");
   m.def(
-      "lstm_weight_gradients(Tensor grad_gates, Tensor input, Tensor previous) -> (Tensor grad_weight_ih, "
+      "lstm_weight_gradients(Tensor[] grad_gates, Tensor[] input, Tensor[] previous) -> (Tensor grad_weight_ih, "
       "Tensor grad_weight_hh, Tensor grad_bias)");
   m.def(
       "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor input, "

@@ -81,8 +81,9 @@ class _Hub(Function):
         steps = ctx.left.pop(torch._C._current_graph_task_id(), None)
         if not steps:
             return (None,) * 5
-        rows = [torch.cat(parts) for parts in zip(*steps, strict=True)]
-        grad_ih, grad_hh, grad_bias = torch.ops.llmkern.lstm_weight_gradients.default(*rows)
+        grad_ih, grad_hh, grad_bias = torch.ops.llmkern.lstm_weight_gradients.default(
+            *zip(*steps, strict=True)
+        )
         # Two tensors: autograd may add into a gradient in place.
         biases = (grad_bias, grad_bias.clone()) if ctx.has_bias else (None, None)
         return None, grad_ih, grad_hh, *biases

@@ -354,11 +354,11 @@ def _lstm_backward_fake(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("llmkern::lstm_weight_gradients")
 def _lstm_weight_gradients_fake(grad_gates, input, previous):  # type: ignore[no-untyped-def]
-    columns = grad_gates.shape[1]
+    like, columns = grad_gates[0], grad_gates[0].shape[1]
     return (
-        input.new_empty(columns, input.shape[1]),
-        input.new_empty(columns, previous.shape[1]),
-        input.new_empty(columns),
+        like.new_empty(columns, input[0].shape[1]),
+        like.new_empty(columns, previous[0].shape[1]),
+        like.new_empty(columns),
     )
 
 

@@ -65,10 +65,7 @@ void execute(const LstmPackBackward<T>& a, const Parallel& parallel) {
 
 template <class T>
 void execute(const LstmWeightGradients<T>& a, const Parallel& parallel) {
-  const Matrix<T> columns = transposed(a.grad_gates, 4 * a.H);
-  gemm(4 * a.H, a.I, a.N, columns, row_major(a.input, a.I), a.grad_weight_ih, a.I, false, parallel);
-  gemm(4 * a.H, a.P, a.N, columns, row_major(a.previous, a.P), a.grad_weight_hh, a.P, false, parallel);
-  sum_rows(a.N, 4 * a.H, a.grad_gates, a.grad_bias, false, parallel);
+  stacked_products(a, parallel);
 }
 
 template <class T>

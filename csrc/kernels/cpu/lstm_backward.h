@@ -161,6 +161,34 @@ void ragged_products(const LstmBackward<T>& a, const Schedule& schedule, const P
   }
 }
 
+// Tokens whose copies are multiplied in one go: as many as a product goes over before it needs its result again, twice.
+constexpr int64_t kTogether = 2 * kBlockK;
+
+// The rows of steps [first, last), one under the other.
+template <class T>
+T* stack_rows(const T* const* steps, const int64_t* rows, int64_t first, int64_t last, int64_t columns, T* to) {
+  for (int64_t s = first; s < last; to += rows[s++] * columns) copy_or_zero(to, steps[s], rows[s] * columns);
+  return to;
+}
+
+// The products of some steps at a time: all of them would need fresh memory, whose first touch costs more than the
+// copy.
+template <class T>
+void stacked_products(const LstmWeightGradients<T>& a, const Parallel& parallel) {
+  const int64_t H = a.H, width = 4 * H + a.I + a.P;
+  for (int64_t first = 0, last = 0; first < a.steps; first = last) {
+    int64_t N = 0;
+    while (last < a.steps && N < kTogether) N += a.rows[last++];
+    T* const gates = scratch<T>(Slot::kKernel, N * width);
+    T* const x = stack_rows(a.grad_gates, a.rows, first, last, 4 * H, gates);
+    T* const h = stack_rows(a.input, a.rows, first, last, a.I, x);
+    stack_rows(a.previous, a.rows, first, last, a.P, h);
+    gemm(4 * H, a.I, N, transposed(gates, 4 * H), row_major(x, a.I), a.grad_weight_ih, a.I, first > 0, parallel);
+    gemm(4 * H, a.P, N, transposed(gates, 4 * H), row_major(h, a.P), a.grad_weight_hh, a.P, first > 0, parallel);
+    sum_rows(N, 4 * H, gates, a.grad_bias, first > 0, parallel);
+  }
+}
+
 template <class T>
 void whole_products(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
   const int64_t H = a.H, B = a.B, rows = a.steps * B;
