@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from llmkern import ops
-from llmkern.nn._packing import PackedWeights
+from llmkern.nn._packing import PackedWeights, parameters_of
 
 State = tuple[Tensor, Tensor]
 
@@ -132,7 +132,7 @@ class LSTM(nn.RNNBase):
         if hx is None:
             zeros = x.new_zeros(layers, B, H)
             return zeros, zeros
-        letters, shape = ("S, B, H", [layers, B, H]) if batched else ("S, H", [layers, H])
+        letters, shape = ("S, B, H", (layers, B, H)) if batched else ("S, H", (layers, H))
         if len(hx) != 2:
             raise ValueError(f"llmkern.LSTM: expected hx to be (h_0, c_0), got {len(hx)} values")
         for name, state in zip(("h_0", "c_0"), hx, strict=True):
@@ -140,9 +140,9 @@ class LSTM(nn.RNNBase):
                 raise TypeError(
                     f"llmkern.LSTM: expected {name} to be a Tensor, got {type(state).__name__}"
                 )
-            if list(state.shape) != shape:
+            if state.shape != shape:
                 raise ValueError(
-                    f"llmkern.LSTM: expected {name} of shape [{letters}] = {shape}, got {list(state.shape)}"
+                    f"llmkern.LSTM: expected {name} of shape [{letters}] = {list(shape)}, got {list(state.shape)}"
                 )
         h_0, c_0 = hx
         return (h_0, c_0) if batched else (h_0.unsqueeze(1), c_0.unsqueeze(1))
@@ -154,12 +154,13 @@ class LSTM(nn.RNNBase):
         self, x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         directions = 2 if self.bidirectional else 1
-        weights, h_n, c_n = self.all_weights, [], []
+        rows = x.shape[0] * x.shape[1]
+        h_n, c_n = [], []
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(directions):
                 index = layer * directions + direction
-                weight_ih, weight_hh, *biases = weights[index]
+                weight_ih, weight_hh, *biases = parameters_of(self, self._all_weights[index])
                 output, h, c = ops.lstm(
                     x,
                     h_0[index],
@@ -169,7 +170,7 @@ class LSTM(nn.RNNBase):
                     *biases,
                     reverse=direction == 1,
                     lengths=lengths,
-                    packed=self._packed.get(index, x.shape[0] * x.shape[1], weight_ih, weight_hh),
+                    packed=self._packed.get(index, rows, weight_ih, weight_hh),
                 )
                 outputs.append(output)
                 h_n.append(h)
@@ -177,4 +178,8 @@ class LSTM(nn.RNNBase):
             x = outputs[0] if directions == 1 else torch.cat(outputs, dim=2)
             if self.dropout > 0 and self.training and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout)
-        return x, torch.stack(h_n), torch.stack(c_n)
+        return x, _stacked(h_n), _stacked(c_n)
+
+
+def _stacked(states: list[Tensor]) -> Tensor:
+    return torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0)

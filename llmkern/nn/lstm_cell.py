@@ -3,16 +3,18 @@
 
 import functools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmkern import ops
-from llmkern.nn._packing import ModuleCache, PackedWeights
-from llmkern.ops._lstm_loop import LstmLoop, Weights, can_defer
+from llmkern.nn._packing import ModuleCache, PackedWeights, parameters_of
+from llmkern.ops._lstm_loop import LstmLoop, can_defer
 
 State = tuple[Tensor, Tensor]
+_NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
 
 class LSTMCell(nn.LSTMCell):
@@ -48,7 +50,7 @@ class LSTMCell(nn.LSTMCell):
         if hx is None:
             zeros = x.new_zeros(x.shape[0], self.hidden_size)
             hx = zeros, zeros
-        weights = weight_ih, weight_hh, bias_ih, bias_hh = _parameters(self)
+        weights = weight_ih, weight_hh, bias_ih, bias_hh = parameters_of(self, _NAMES)
         # One row, however many there are: the next step needs the same copy.
         packed = self._packed.get(0, 1, weight_ih, weight_hh)
         if packed is not None and torch.is_grad_enabled() and _is_plain(x, *hx):
@@ -64,28 +66,21 @@ class _Loops(ModuleCache):
     def __init__(self) -> None:
         self._latest: weakref.ref[LstmLoop] | None = None
 
-    def get(self, weights: Weights, packed: PackedWeights) -> LstmLoop | None:
+    def get(self, weights: Sequence[Any], packed: PackedWeights) -> LstmLoop | None:
         """The loop over these weights, the latest one or a new one; None where their gradients cannot be deferred."""
         loop = None if self._latest is None else self._latest()
         if loop is not None and loop.is_of(weights):
             return loop
         if not can_defer(weights):
             return None
-        pack_backward = functools.partial(packed.get, 0, 1, *weights[:2], backward=True)
+        pack_backward = functools.partial(packed.get, 0, 1, weights[0], weights[1], True)
         loop = LstmLoop(weights, pack_backward)
         self._latest = weakref.ref(loop)
         return loop
 
 
-def _parameters(cell: nn.Module) -> Weights:
-    """Looked up where they mostly are: as attributes they take a microsecond, of a step that takes ten."""
-    own = cell._parameters
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    return tuple(own[name] if name in own else getattr(cell, name) for name in names)
-
-
 def _is_plain(*tensors: Tensor) -> bool:
     """Tensors of this machine's memory, outside of torch.func's transforms."""
-    return torch._C._functorch.peek_interpreter_stack() is None and all(
+    return not torch._C._are_functorch_transforms_active() and all(
         type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors
     )

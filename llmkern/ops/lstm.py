@@ -75,8 +75,8 @@ def lstm(
         >>> w_ih, w_hh = torch.randn(2048, 256) / 16, torch.randn(2048, 512) / 23
         >>> output, h_n, c_n = llmkern.ops.lstm(x, state, state, w_ih, w_hh)
     """
-    layer = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
-    layer = (*layer, weight_hr, norm_gates, norm_cell)
+    required = input, h_0, c_0, weight_ih, weight_hh
+    layer = (*required, bias_ih, bias_hh, weight_hr, norm_gates, norm_cell)
     try:
         tensors = _autocast.cast(*layer)
         saves = _differentiable(tensors)
@@ -112,10 +112,10 @@ def lstm_cell(
     """One step of :func:`lstm`: input [B, I] and states [B, H] to the next states h_1, c_1 [B, H]."""
     layer = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
     try:
-        step, *others = tensors = _autocast.cast(*layer)
+        tensors: Any = _autocast.cast(*layer)
         saves = _differentiable(tensors)
         _, h_1, c_1, *_ = _run(
-            step.unsqueeze(0), *others, packed=packed, save_cells=saves, save_gates=saves
+            tensors[0].unsqueeze(0), *tensors[1:], packed=packed, save_cells=saves, save_gates=saves
         )
     except Exception as error:
         raise explained(error, "lstm_cell", "B, I", *layer) from None
@@ -138,7 +138,7 @@ def _run(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     """The operator. Where nothing is recorded it is called below autograd, which would do the same, 6 us later."""
     operator = torch.ops.llmkern.lstm.default
     recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
-    if recorded or torch._C._functorch.peek_interpreter_stack() is not None:
+    if recorded or torch._C._are_functorch_transforms_active():
         return operator(*arguments, **options)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments, **options)  # type: ignore[no-any-return]

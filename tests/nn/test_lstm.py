@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llmkern.nn.LSTM and LSTMCell against torch's."""
+"""llmkern.nn.LSTM against torch's."""
 
 import copy
 import itertools
@@ -225,41 +225,3 @@ def test_a_language_model_compiled_by_inductor():
     expected = [loss(ids, targets), *torch.autograd.grad(loss(ids, targets), parameters)]
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b)
-
-
-@pytest.mark.parametrize("given", [True, False], ids=["state", "no state"])
-@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_cell_is_torchs(bias, batched, given):
-    theirs = nn.LSTMCell(I, H, bias=bias, dtype=torch.float64)
-    ours = llmkern.nn.LSTMCell(I, H, bias=bias, dtype=torch.float64)
-    ours.load_state_dict(theirs.state_dict())
-    assert isinstance(ours, nn.LSTMCell) and repr(ours) == repr(theirs)
-    batch = [B] if batched else []
-    leaves = [torch.randn(*batch, n, dtype=torch.float64) for n in (I, H, H)]
-    results = []
-    for cell in (ours, theirs):
-        x, h_0, c_0 = leaves = [t.detach().requires_grad_() for t in leaves]
-        h_1, c_1 = cell(x, (h_0, c_0) if given else None)
-        loss = h_1.sin().sum() + c_1.square().sum()
-        used = [*(leaves if given else leaves[:1]), *cell.parameters()]
-        results.append([h_1, c_1, *torch.autograd.grad(loss, used)])
-    for a, b in zip(*results, strict=True):
-        assert_close(a, b)
-
-
-def test_bad_input_of_the_cell():
-    cell = llmkern.nn.LSTMCell(I, H)
-    x, state = torch.zeros(2, I), torch.zeros(2, H)
-    with pytest.raises(TypeError, match=r"llmkern\.LSTMCell: expected a Tensor, got list"):
-        cell([1.0])
-    with pytest.raises(
-        ValueError, match=r"llmkern\.LSTMCell: .* \[B, I\] or \[I\], got \[1, 2, 7\]"
-    ):
-        cell(x[None])
-    with pytest.raises(
-        ValueError, match=r"llmkern\.lstm_cell: .*h_0 of shape .* = \[2, 9\], got \[9\]"
-    ):
-        cell(x, (state[0], state))
-    with pytest.raises(ValueError, match=r"llmkern\.lstm_cell: .*h_0 of shape .* got \[1, 2, 9\]"):
-        cell(x[0], (state, state))
