@@ -162,7 +162,7 @@ def _kernel_objection(
 ) -> str | None:
     """What the kernels say to the dtype and the device: a layer of the smallest size is run."""
     try:
-        layer = _specimen(kind, arguments).to(like.dtype).to_empty(device=like.device)
+        layer = _specimen(kind, arguments | {"dtype": like.dtype}).to_empty(device=like.device)
         with torch.no_grad():
             layer.forward(input)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -250,8 +250,8 @@ _LAYERS = frozenset(family.source.__name__ for family in _FAMILIES)
 def _reasons(module: nn.Module, family: _Family) -> Iterator[str]:
     """What speaks against swapping the layer: no later check is made once one has said so."""
     if parametrize.is_parametrized(module):
-        names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
-        yield f"{names} is computed by torch.nn.utils.parametrize; swap the layer before that"
+        computed = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        yield f"{computed} is computed by torch.nn.utils.parametrize; swap the layer before that"
     if type(module) is not family.source:
         yield _subclass_reason(type(module), family.source)
     if "forward" in vars(module):
@@ -264,7 +264,7 @@ def _reasons(module: nn.Module, family: _Family) -> Iterator[str]:
     except (TypeError, ValueError, AssertionError) as error:
         yield str(error)
         return
-    names = [name for name, parameter in specimen.named_parameters()]
+    names = [name for name, _ in specimen.named_parameters()]
     yield from _parameter_reasons(module, names)
     reason = family.objection(module, arguments, getattr(module, names[0]))
     if reason is not None:
