@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import llmkern
 from tests.conftest import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [(getattr(nn, n), getattr(llmkern.nn, n)) for n in ("LSTM", "LSTMCell", "Embedding")]
 V, D = 17, 6
 

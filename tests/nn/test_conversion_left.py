@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
 import llmkern
 from tests.conftest import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = (llmkern.nn.LSTM, llmkern.nn.LSTMCell, llmkern.nn.Embedding)
 
 
