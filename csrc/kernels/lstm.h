@@ -122,7 +122,7 @@ struct LstmBackward {
   const Widened<T>* cells;
   const T *gates, *normalized;  // null: computed again
   const Widened<T>* scales;
-  const T* packed;  // the weights as LstmPackBackward has written them, or null
+  const T* packed;  // the weights as LstmPackBackward has written them, or null, as with lengths and variants
   T* grad_gates;    // [T, B, 4H]: da of every step; may be null where the gradients of the weights are wanted
   T *grad_input, *grad_h_0, *grad_c_0;
   T *grad_weight_ih, *grad_weight_hh;  // null: the gradients of weights, biases and gains are not wanted

@@ -308,7 +308,9 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const bool norm = given.norm_gates.has_value(), projection = given.weight_hr.has_value();
   saved_any.check(n, dtype, wide, norm);
   check_parameter("packed", packed, dtype, {packed_backward_elements(dtype, n.I, n.H, n.P)});
-  if (!weights && given.lengths) fail(kName, "expected weights=True beside lengths, got False");
+  if ((!weights || packed) && (given.lengths || !given.is_plain())) {
+    fail(kName, "expected weights=True and no packed weights beside lengths and variants");
+  }
   const Layer layer = given.contiguous();
   const Saved saved = saved_any.contiguous();
   check_values(layer.lengths, n.T);
