@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators behind a loop over cells: weights packed for the backward pass, and one product over many steps."""
+
+import pytest
+import torch
+
+import llmkern
+from tests.conftest import assert_close
+from tests.ops.test_lstm import layer, upstream_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ops = torch.ops.llmkern
+
+
+def saved_of(arguments, reverse=False):
+    output, _, _, *saved = ops.lstm.default(
+        *arguments, reverse=reverse, save_cells=True, save_gates=True
+    )
+    return output, *saved
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("reverse", [True, False])
+@pytest.mark.parametrize("shape", [(1, 20, 33, 19), (3, 2, 7, 40), (2, 0, 3, 4), (1, 1, 1, 1)])
+def test_packed_weights_change_nothing(isa, shape, reverse, weights):
+    """Bit for bit, and where they were packed for another instruction set they are not read."""
+    for dtype in (torch.float32, torch.float64):
+        arguments = layer(shape, dtype=dtype)
+        saved = saved_of(arguments, reverse)
+        packed = ops.lstm_pack_backward.default(*arguments[3:5])
+        call = (*upstream_of(shape, dtype), None, *arguments, *[None] * 6, *saved)
+        options = {"reverse": reverse, "weights": weights}
+        expected = ops.lstm_backward.default(*call, **options)
+        got = ops.lstm_backward.default(*call, **options, packed=packed)
+        torch.ops.llmkern.select_cpu_isa("generic")
+        foreign = ops.lstm_backward.default(*call, **options, packed=packed)
+        torch.ops.llmkern.select_cpu_isa(isa)
+        for a, b, c in zip(got, expected, foreign, strict=True):
+            assert torch.equal(a, b)
+            assert_close(c, b, 1e-5)
+
+
+def steps_of(rows, I, P, H, dtype=torch.float64):  # noqa: E741
+    return [[torch.randn(n, columns, dtype=dtype) for n in rows] for columns in (4 * H, I, P)]
+
+
+@pytest.mark.parametrize("rows", [(1,), (0,), (3, 0, 5, 1), (511, 2, 600, 1, 1), (0, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weight_gradients(isa, rows, dtype):
+    gates, input, previous = steps_of(rows, 7, 19, 19, dtype)
+    grad_ih, grad_hh, grad_bias = ops.lstm_weight_gradients.default(gates, input, previous)
+    da, x, h = (torch.cat(parts).double() for parts in (gates, input, previous))
+    assert_close(grad_ih, da.T @ x)
+    assert_close(grad_hh, da.T @ h)
+    assert_close(grad_bias, da.sum(0))
+
+
+def test_weight_gradients_of_strided_steps(on_threads):
+    def run():
+        generator = torch.Generator().manual_seed(3)
+        gates, input, previous = (
+            torch.randn(5, 130, 2 * n, generator=generator)[..., ::2].unbind()
+            for n in (4 * 64, 33, 64)
+        )
+        return ops.lstm_weight_gradients.default(gates, input, previous), gates, input
+
+    (grads, gates, input), (again, _, _) = on_threads(1, run), on_threads(2, run)
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+    assert_close(grads[0], torch.cat(gates).double().T @ torch.cat(input).double())
+
+
+def test_opcheck():
+    torch.library.opcheck(ops.lstm_weight_gradients.default, tuple(steps_of((2, 3), 4, 5, 5)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g, x, h: ([], x, h), "at least one step, got none"),
+        (lambda g, x, h: (g, x[:1], h), "2 steps of input, got 1"),
+        (lambda g, x, h: (g, [x[0], x[0]], h), r"input of shape \[3, 4\], got \[2, 4\]"),
+        (lambda g, x, h: (g, x, [h[0], h[1][0]]), r"previous of shape \[3, 5\], got \[5\]"),
+        (lambda g, x, h: ([g[0], g[1][:, 1:]], x, h), r"grad_gates of shape \[3, 20\]"),
+        (lambda g, x, h: (g, [x[0], x[1].float()], h), "input of dtype Double, got Float"),
+        (
+            lambda g, x, h: ([t.half() for t in g], x, h),
+            "grad_gates of dtype float32 or float64, got Half",
+        ),
+        (lambda g, x, h: (g, [t[0] for t in x], h), r"input of 2 dimensions, got shape \[4\]"),
+    ],
+)
+def test_errors_of_weight_gradients(change, message):
+    with pytest.raises(ValueError, match=r"llmkern\.lstm: expected " + message):
+        ops.lstm_weight_gradients.default(*change(*steps_of((2, 3), 4, 5, 5)))
+
+
+def test_errors_of_packed_weights():
+    arguments = layer((2, 3, 4, 5))
+    saved = saved_of(arguments)
+    packed = ops.lstm_pack_backward.default(*arguments[3:5])
+
+    def bad(message, packed, lengths=None):
+        call = (*[None] * 4, *arguments, *[None] * 3, lengths, None, None, *saved)
+        with pytest.raises(ValueError, match=r"llmkern\.lstm: expected " + message):
+            ops.lstm_backward.default(*call, packed=packed)
+
+    bad("packed of shape", packed[1:])
+    bad("packed of dtype Double, got Float", packed.float())
+    bad("weights=True and no packed weights beside lengths", packed, torch.tensor([1, 2, 2]))
+
+
+assert llmkern.ops  # registers the operators
