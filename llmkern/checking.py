@@ -61,6 +61,7 @@ def check() -> list[Check]:
 def _check_isa(isa: str) -> Iterator[Check]:
     torch.ops.llmkern.select_cpu_isa(isa)
     cases: dict[str, Callable[[torch.dtype], Pairs]] = {
+        "dropout": _dropout,
         "embedding": _embedding,
         "lstm": _lstm,
         "linear_cross_entropy": _linear_cross_entropy,
@@ -84,6 +85,18 @@ def _error(got: Tensor, expected: object) -> float:
 def _random(dtype: torch.dtype, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5).to(dtype)
+
+
+def _dropout(dtype: torch.dtype) -> Pairs:
+    x = _random(dtype, 4, 9, 65).requires_grad_()
+    output = ops.dropout(x, 0.3, locked=True, seed=5)
+    upstream = _random(dtype, *output.shape)
+    (grad,) = torch.autograd.grad(output, x, upstream)
+    pairs = (output, x.detach()), (grad, upstream)
+    return [
+        (got.reshape(36, 65), _reference.dropout(values.reshape(36, 65).numpy(), 5, 0.3, 9))
+        for got, values in pairs
+    ]
 
 
 def _embedding(dtype: torch.dtype) -> Pairs:
