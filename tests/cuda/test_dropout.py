@@ -41,7 +41,9 @@ def test_the_bits_of_the_cpu(device, shape, dtype, locked):
     x = torch.randn(shape, dtype=torch.float64).to(dtype)
     for p, seed in ((0.5, 3), (0.1, -7), (1.0, 1)):
         on_cpu = llmkern.ops.dropout(x, p, locked=locked, seed=seed)
-        assert torch.equal(llmkern.ops.dropout(x.to(device), p, locked=locked, seed=seed).cpu(), on_cpu)
+        assert torch.equal(
+            llmkern.ops.dropout(x.to(device), p, locked=locked, seed=seed).cpu(), on_cpu
+        )
 
 
 @pytest.mark.sanitize
