@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import llmkern
 from llmkern.benchmark.case import (
@@ -81,7 +82,37 @@ def training(H: int, B: int, T: int, dtype: torch.dtype = torch.float32) -> Case
         return _training_workload(H, B, T, dtype, runs)
 
     name = named(f"training-H{H}-B{B}-T{T}", dtype)
-    phases = _training_phases(H, B, T, dtype)
+    phases = training_phases(H, B, T, dtype)
+    return Case("lstm", name, build, phases, training=True, dtype=dtype)
+
+
+def ragged_training(H: int, B: int, T: int, dtype: torch.dtype = torch.float32) -> Case:
+    """Forward and backward of a PackedSequence: rows from T steps down to an eighth of them, 56 % of the padding."""
+    lengths = torch.linspace(T, T / 8, B, device="cpu").round().long()
+    rows = int(lengths.sum())
+
+    def build() -> Workload:
+        ours, peer, _ = _layers(H, dtype)
+        batch_sizes = pack_padded_sequence(torch.empty(T, B, 1, device="cpu"), lengths).batch_sizes
+        data = torch.randn(rows, H, dtype=dtype, requires_grad=True)
+        grad = torch.randn(rows, H, dtype=dtype)
+
+        def contender(run: Callable[..., Any], layer: nn.Module) -> Contender:
+            wanted = [data, *layer.parameters()]
+
+            def train() -> Any:
+                output, _ = run(PackedSequence(data, batch_sizes))
+                return torch.autograd.grad(output.data, wanted, grad)
+
+            return Contender(train)
+
+        contenders = {OURS: contender(ours, ours)}
+        for name, run in _as_configured("nn.LSTM", peer, dtype).items():
+            contenders[name] = contender(run, peer)
+        return Workload(contenders, _agreement(dtype))
+
+    phases = training_phases(H, rows / T, T, dtype)
+    name = named(f"ragged-training-H{H}-B{B}-T{T}", dtype)
     return Case("lstm", name, build, phases, training=True, dtype=dtype)
 
 
@@ -95,18 +126,21 @@ def cell_training(H: int, B: int, T: int) -> Case:
         runs = {OURS: (_unrolled(ours), ours), "nn.LSTMCell loop": (_unrolled(peer), peer)}
         return _training_workload(H, B, T, torch.float32, runs)
 
-    phases = _training_phases(H, B, T, torch.float32)
+    phases = training_phases(H, B, T, torch.float32)
     return Case("lstm", f"cell-training-H{H}-B{B}-T{T}", build, phases, training=True)
 
 
 def forward_phases(
     I: int,  # noqa: E741
     H: int,
-    B: int,
+    B: float,
     T: int,
     size: int = FLOAT_BYTES,
 ) -> list[Phase]:
-    """The input's share of the gates, one product over all steps; then T steps, each reading the recurrent weights."""
+    """The input's share of the gates, one product over all steps; then T steps, each reading the recurrent weights.
+
+    B rows a step, on average.
+    """
     recurrent = 4 * H * H * size
     return [
         _product("input", B * T, 4 * H, I, size),
@@ -117,7 +151,7 @@ def forward_phases(
 def backward_phases(
     I: int,  # noqa: E741
     H: int,
-    B: int,
+    B: float,
     T: int,
     size: int = FLOAT_BYTES,
 ) -> list[Phase]:
@@ -131,12 +165,12 @@ def backward_phases(
     ]
 
 
-def _training_phases(H: int, B: int, T: int, dtype: torch.dtype) -> list[Phase]:
+def training_phases(H: int, B: float, T: int, dtype: torch.dtype) -> list[Phase]:
     size = dtype.itemsize
     return forward_phases(H, H, B, T, size) + backward_phases(H, H, B, T, size)
 
 
-def _product(name: str, M: int, N: int, K: int, size: int) -> Phase:
+def _product(name: str, M: float, N: float, K: float, size: int) -> Phase:
     moved = (M * K + K * N + M * N) * size
     return Phase(name, 2 * M * N * K, moved, moved)
 
