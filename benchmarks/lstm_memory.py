@@ -7,7 +7,7 @@
 Three ways to run the same layer: llmkern, llmkern with ``recompute`` (the gates are computed again), and nn.LSTM. Of
 each, after some steps of warming up:
 
-saved        bytes of the tensors that autograd keeps, parameters and input not counted; oneDNN's workspace is one
+saved        bytes of what autograd keeps, without parameters, input and state; oneDNN's workspace is counted
 largest      the largest allocation that torch's allocator serves in a step
 fresh        bytes of pages that the system maps in a step, for whatever purpose: buffers that are kept cost none
 
@@ -39,20 +39,19 @@ SHAPES = [(35, 20, 650), (35, 20, 1150), (35, 64, 1150)]
 Forward = Callable[[Tensor], Tensor]
 
 
-def contenders(layer: nn.LSTM, B: int) -> dict[str, Forward]:
+def contenders(layer: nn.LSTM, state: Tensor) -> dict[str, Forward]:
     """The layer's output, by name."""
-    state = torch.zeros(B, layer.hidden_size)
     weights = list(layer.parameters())
     return {
         "llmkern": lambda x: ops.lstm(x, state, state, *weights)[0],
         "llmkern, recompute": lambda x: ops.lstm(x, state, state, *weights, recompute=True)[0],
-        "nn.LSTM": lambda x: layer(x)[0],
+        "nn.LSTM": lambda x: layer(x, (state[None], state[None]))[0],
     }
 
 
-def saved_sizes(forward: Forward, x: Tensor, parameters: Sequence[Tensor]) -> list[int]:
-    """Bytes of every storage that is kept between the passes and was not there before."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *parameters)}
+def saved_sizes(forward: Forward, x: Tensor, others: Sequence[Tensor]) -> list[int]:
+    """Bytes of every storage that is kept between the passes and is not of x or the others, which are there anyway."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *others)}
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -84,18 +83,18 @@ def fresh_bytes(step: Callable[[], Any]) -> int:
 
 
 def measure(T: int, B: int, H: int) -> dict[str, Any]:
-    layer = nn.LSTM(H, H)
+    layer, state = nn.LSTM(H, H), torch.zeros(B, H)
     x, grad = torch.randn(T, B, H, requires_grad=True), torch.randn(T, B, H)
     wanted = [x, *layer.parameters()]
     found = {}
-    for name, forward in contenders(layer, B).items():
+    for name, forward in contenders(layer, state).items():
 
         def step(forward: Forward = forward) -> Any:
             return torch.autograd.grad(forward(x), wanted, grad)
 
         for _ in range(WARM_STEPS):
             step()
-        saved = saved_sizes(forward, x, list(layer.parameters()))
+        saved = saved_sizes(forward, x, [state, *layer.parameters()])
         found[name] = {
             "saved_bytes": sum(saved),
             "saved_per_output": round(sum(saved) / (grad.numel() * grad.element_size()), 2),
