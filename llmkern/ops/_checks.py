@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64)
-CUDA_FLOAT_DTYPES = (*FLOAT_DTYPES, torch.bfloat16, torch.float16)
+ANY_FLOAT_DTYPES = (*FLOAT_DTYPES, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -22,7 +22,7 @@ def check_tensor(op: str, name: str, value: object) -> None:
 
 def float_dtypes(tensor: Tensor) -> Sequence[torch.dtype]:
     """What the kernels of the tensor's device compute with."""
-    return CUDA_FLOAT_DTYPES if tensor.is_cuda else FLOAT_DTYPES
+    return ANY_FLOAT_DTYPES if tensor.is_cuda else FLOAT_DTYPES
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
