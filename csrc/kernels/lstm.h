@@ -24,8 +24,9 @@
 //
 // and, over all steps at once: dW_ih = da^T x, dW_hh = da^T h_{t-1}, dx = da W_ih, db = sum of da.
 //
-// On CUDA the products over all steps are the framework's; LstmRecurrence and its gradient are what is left. T may be
-// 16 bit there: then sums, gates before activation and cells are float32 (Widened<T>), and h is rounded once a step.
+// Where T has 16 bits, sums, gates before activation and cells are float32 (Widened<T>), and h is rounded once a step.
+//
+// On CUDA the products over all steps are the framework's; LstmRecurrence and its gradient are what is left.
 #pragma once
 
 #include <cstdint>
@@ -40,32 +41,35 @@ struct LstmForward {
   const T *weight_ih, *weight_hh;
   const T *bias_ih, *bias_hh;  // both, or both null
   const int64_t* lengths;      // [B], each in [0, steps], or null
-  const T* packed;             // the weights as LstmPack has written them, or null
+  const void* packed;          // the weights as LstmPack has written them, or null
+  bool quantised;              // they have 8 bits; without `packed` they are made so here
   T* output;
-  T *cells, *gates;  // both null where there will be no backward pass
+  Widened<T>* cells;  // this and gates null where there will be no backward pass
+  T* gates;
   T *h_n, *c_n;
   int64_t steps, B, I, H;
   bool reverse;
 };
 
-// The weights in the order in which the kernels of the instruction set in use read them.
+// The weights in the order in which the kernels of the instruction set in use read them, behind a header that says
+// which order that is: another instruction set does not take them for its own.
+//
+// Quantised (float alone), a row of a weight is scale * q with integers |q| <= 127 and scale = max |w| / 127: sums over
+// 8-bit weights and 16-bit activations where there is an instruction for it, rounded weights of 32 bits elsewhere.
 template <class T>
 struct LstmPack {
   const T *weight_ih, *weight_hh;
-  T* packed;  // [lstm_packed_elements]
+  bool quantised;
+  void* packed;  // aligned to 64 bytes, as many as LstmPackedBytes says
   int64_t I, H;
 };
 
-// Whatever the instruction set: a header that names it, so that another one does not take these weights for its own,
-// and panels of whole vectors of 64 bytes.
-constexpr int64_t kLstmVectorBytes = 64;
 template <class T>
-constexpr int64_t kLstmPackHeader = kLstmVectorBytes / static_cast<int64_t>(sizeof(T));
-template <class T>
-constexpr int64_t lstm_packed_elements(int64_t I, int64_t H) {
-  constexpr int64_t kUnits = kLstmVectorBytes / static_cast<int64_t>(sizeof(T));
-  return kLstmPackHeader<T> + (H + kUnits - 1) / kUnits * kUnits * 4 * (I + H);
-}
+struct LstmPackedBytes {
+  bool quantised;
+  int64_t I, H;
+  int64_t* bytes;  // a multiple of 64
+};
 
 template <class T>
 struct LstmBackward {
@@ -73,7 +77,9 @@ struct LstmBackward {
   const T *input, *h_0, *c_0;
   const T *weight_ih, *weight_hh;
   const int64_t* lengths;  // or null
-  const T *output, *cells, *gates;
+  const T* output;
+  const Widened<T>* cells;
+  const T* gates;
   T* grad_gates;  // workspace [T, B, 4H]: da of every step
   T *grad_input, *grad_h_0, *grad_c_0;
   T *grad_weight_ih, *grad_weight_hh;

@@ -9,6 +9,7 @@
 // gate gradients of the same units.
 #include "kernels/lstm.h"
 
+#include "kernels/cpu/bytes.h"
 #include "kernels/cpu/lstm_backward.h"
 #include "kernels/cpu/lstm_forward.h"
 #include "kernels/run.h"
@@ -17,45 +18,110 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
+// Calls f with what multiplies T here.
+template <class T, class F>
+void with_operand(const F& f) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (has_bf16()) return f(Pairs{});
+  }
+#endif
+  f(Wide<T>{});
+}
+
+template <class T, class F>
+void with_operand([[maybe_unused]] bool quantised, [[maybe_unused]] int64_t I, [[maybe_unused]] int64_t H, const F& f) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, float>) {
+    if (quantised && has_vnni() && I <= Bytes::kMostTerms && H <= Bytes::kMostTerms) return f(Bytes{});
+  }
+#endif
+  with_operand<T>(f);
+}
+
+// What packed weights begin with. Equal headers: an equal layout of equal weights.
+struct alignas(64) Header {
+  int64_t magic, vector_bytes, terms, sum_bytes, quantised, I, H, unused;
+};
+
+template <class Op>
+Header header_of(bool quantised, int64_t I, int64_t H) {
+  return {0x4b504d54534c4c00, kVectorBytes, Op::kTerms, sizeof(Sum<Op>), quantised, I, H, 0};
+}
+
+template <class Op>
+int64_t packed_bytes(int64_t I, int64_t H) {
+  return static_cast<int64_t>(sizeof(Header)) +
+         round_up(PackedWeights<Op>::size(I, H) * static_cast<int64_t>(sizeof(Word<Op>)), 64);
+}
+
+template <class Op>
+PackedWeights<Op> weights_in(const void* packed, int64_t I, int64_t H) {
+  return {reinterpret_cast<const Word<Op>*>(static_cast<const char*>(packed) + sizeof(Header)), I, H};
+}
+
+template <class Op, class T>
+void pack(const LstmPack<T>& a, const Parallel& parallel) {
+  const Header header = header_of<Op>(a.quantised, a.I, a.H);
+  memcpy(a.packed, &header, sizeof header);
+  const PackedWeights<Op> weights = weights_in<Op>(a.packed, a.I, a.H);
+  const int64_t grain = (1 << 15) / ((a.I + a.H) * kGatesWidth<Op>)+1;
+  parallel(panels_of<Op>(a.H), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      Gates<Op>::pack(a.weight_ih, a.I, a.H, p * kUnits<Op>, a.quantised, const_cast<Word<Op>*>(weights.input(p)));
+      Gates<Op>::pack(a.weight_hh, a.H, a.H, p * kUnits<Op>, a.quantised, const_cast<Word<Op>*>(weights.hidden(p)));
+    }
+  });
+}
+
+template <class Op, class T>
+void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& parallel) {
+  const Running<T> cell(Slot::kCell, a.c_n, a.c_0, a.B * a.H);
+  if (schedule.tokens() > 0) {
+    const Header expected = header_of<Op>(a.quantised, a.I, a.H);
+    const void* packed = a.packed;
+    if (packed == nullptr || memcmp(packed, &expected, sizeof expected) != 0) {
+      void* own = scratch<char>(Slot::kKernel, packed_bytes<Op>(a.I, a.H));
+      pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, a.quantised, own, a.I, a.H}, parallel);
+      packed = own;
+    }
+    using Shared = typename Op::Shared;
+    const int64_t elements = round_up(a.B * round_up(a.H, Op::kTerms), kLanes<float>);
+    Shared* hidden = scratch<Shared>(Slot::kHidden, 2 * elements);
+    if (schedule.ragged()) copy_or_zero<Shared>(hidden, nullptr, 2 * elements);  // tiles are multiplied whole
+    const Forward<Op> layer = {
+        a, schedule, weights_in<Op>(packed, a.I, a.H), {hidden, hidden + elements}, cell.values()};
+    const bool worth_it = schedule.tokens() * a.H * (a.I + a.H) * 8 >= kTeamFlops;
+    run_team(parallel, panels_of<Op>(a.H), worth_it, [&](const Share& share) { layer.run(share); });
+  }
+  cell.finish();
+}
+
+template <class T>
+void execute(const LstmPackedBytes<T>& a, const Parallel&) {
+  with_operand<T>(a.quantised, a.I, a.H, [&](auto op) { *a.bytes = packed_bytes<decltype(op)>(a.I, a.H); });
+}
+
 template <class T>
 void execute(const LstmPack<T>& a, const Parallel& parallel) {
-  const int64_t size = (a.I + a.H) * kGatesWidth<T>;
-  T* panels = a.packed + kLstmPackHeader<T>;
-  a.packed[0] = kVectorBytes;
-  parallel(panels_of<T>(a.H), (1 << 15) / size + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) pack_panel(a.weight_ih, a.weight_hh, a.I, a.H, p, panels + p * size);
-  });
+  with_operand<T>(a.quantised, a.I, a.H, [&](auto op) { pack<decltype(op)>(a, parallel); });
 }
 
 template <class T>
 void execute(const LstmForward<T>& a, const Parallel& parallel) {
   const Schedule schedule(a.steps, a.B, a.lengths, a.reverse);
   copy_or_zero(a.h_n, a.h_0, a.B * a.H);  // of rows without a step
-  copy_or_zero(a.c_n, a.c_0, a.B * a.H);
   if (schedule.ragged()) clear(a);
-  if (schedule.tokens() == 0) return;
-  const bool is_packed = a.packed != nullptr && a.packed[0] == kVectorBytes;
-  const int64_t packed_elements = is_packed ? 0 : lstm_packed_elements<T>(a.I, a.H);
-  const int64_t tiles = round_up(a.B * a.H, kLanes<T>);
-  T* memory = scratch<T>(Slot::kKernel, packed_elements + 2 * tiles);
-  if (!is_packed) execute(LstmPack<T>{a.weight_ih, a.weight_hh, memory, a.I, a.H}, parallel);
-  T* hidden = memory + packed_elements;
-  if (schedule.ragged()) copy_or_zero<T>(hidden, nullptr, 2 * tiles);  // tiles are multiplied whole
-  const T* panels = (is_packed ? a.packed : memory) + kLstmPackHeader<T>;
-  const Forward<T> forward = {a, schedule, panels, {hidden, hidden + tiles}};
-  const bool worth_it = schedule.tokens() * a.H * (a.I + a.H) * 8 >= kTeamFlops;
-  run_team(parallel, panels_of<T>(a.H), worth_it, [&](const Share& share) { forward.run(share); });
+  with_operand<T>(a.quantised, a.I, a.H, [&](auto op) { forward<decltype(op)>(a, schedule, parallel); });
 }
 
 template <class T>
 void execute(const LstmBackward<T>& a, const Parallel& parallel) {
   const Schedule schedule(a.steps, a.B, a.lengths, a.reverse);
-  backward_through_time(a, schedule, parallel);
-  if (schedule.ragged()) {
-    ragged_products(a, schedule, parallel);
-  } else {
-    whole_products(a, schedule, parallel);
-  }
+  with_operand<T>([&](auto op) {
+    backward_through_time<decltype(op)>(a, schedule, parallel);
+    products<decltype(op)>(a, schedule, parallel);
+  });
   sum_rows(schedule.tokens(), 4 * a.H, a.grad_gates, a.grad_bias, false, parallel);
 }
 
@@ -66,11 +132,21 @@ void run(const Args& args, const Parallel& parallel) {
   execute(args, parallel);
 }
 
+template void run(const LstmPackedBytes<float>&, const Parallel&);
+template void run(const LstmPackedBytes<double>&, const Parallel&);
+template void run(const LstmPackedBytes<bfloat16>&, const Parallel&);
+template void run(const LstmPackedBytes<float16>&, const Parallel&);
 template void run(const LstmPack<float>&, const Parallel&);
 template void run(const LstmPack<double>&, const Parallel&);
+template void run(const LstmPack<bfloat16>&, const Parallel&);
+template void run(const LstmPack<float16>&, const Parallel&);
 template void run(const LstmForward<float>&, const Parallel&);
 template void run(const LstmForward<double>&, const Parallel&);
+template void run(const LstmForward<bfloat16>&, const Parallel&);
+template void run(const LstmForward<float16>&, const Parallel&);
 template void run(const LstmBackward<float>&, const Parallel&);
 template void run(const LstmBackward<double>&, const Parallel&);
+template void run(const LstmBackward<bfloat16>&, const Parallel&);
+template void run(const LstmBackward<float16>&, const Parallel&);
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -8,66 +8,78 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-template <class T>
+template <class Op>
 struct Backward {
+  using T = typename Op::Storage;
+  using S = Sum<Op>;
+
   const LstmBackward<T>& a;
   const Schedule& schedule;
-  T* packed;       // [panels][4H][kUnits]: the recurrent weights
-  T* da_tiles[2];  // [B, 4H] in tiles: da of the step before, and of this step
+  Word<Op>* packed;       // [panels][words of 4 gates][kUnits]: the recurrent weights
+  Word<Op>* da_tiles[2];  // [B, 4H] in tiles: da of the step before, and of this step
+  S *grad_h, *grad_c;     // [B, H]: the running dh and dc
 
   int64_t units(int64_t panel) const {
-    return a.H - panel * kUnits<T> < kUnits<T> ? a.H - panel * kUnits<T> : kUnits<T>;
+    return a.H - panel * kUnits<Op> < kUnits<Op> ? a.H - panel * kUnits<Op> : kUnits<Op>;
   }
+  // Each gate begins with a new word.
+  int64_t gate_words() const { return words_of<Op>(a.H); }
+  Word<Op>* panel_weights(int64_t panel) const { return packed + panel * 4 * gate_words() * kUnits<Op>; }
 
   void pack(int64_t panel) const;
   void run(const Share& share) const;
-  void carry(int64_t panel, int64_t t, const T* above, T* dh) const;
-  void finish_row(int64_t panel, int64_t i, int64_t t, T* after) const;
+  void carry(int64_t panel, int64_t t, const Word<Op>* above, S* dh) const;
+  void finish_row(int64_t panel, int64_t i, int64_t t, Word<Op>* after) const;
 };
 
-template <class T>
-void Backward<T>::pack(int64_t panel) const {
-  const int64_t n = units(panel);
-  T* to = packed + panel * 4 * a.H * kUnits<T>;
-  for (int64_t k = 0; k < 4 * a.H; ++k, to += kUnits<T>) {
-    store(to, load(a.weight_hh + k * a.H + panel * kUnits<T>, n));  // units beyond H are 0
+template <class Op>
+void Backward<Op>::pack(int64_t panel) const {
+  const int64_t H = a.H, first = panel * kUnits<Op>, n = units(panel);
+  Word<Op>* to = panel_weights(panel);
+  if (n < kUnits<Op>) copy_or_zero<Word<Op>>(to, nullptr, 4 * gate_words() * kUnits<Op>);  // units beyond H
+  for (int64_t g = 0; g < 4; ++g) {
+    for (int64_t k = 0; k < H; k += Op::kTerms, to += kUnits<Op>) {
+      Op::line(a.weight_hh + (g * H + k) * H + first, H, H - k, n, to);
+    }
   }
 }
 
-// dh = da W_hh of the step before t, for the rows that ran at t: grad_h_0 is the running dh.
-template <class T>
-void Backward<T>::carry(int64_t panel, int64_t t, const T* above, T* dh) const {
+// dh = da W_hh of the step before t, for the rows that ran at t.
+template <class Op>
+void Backward<Op>::carry(int64_t panel, int64_t t, const Word<Op>* above, S* dh) const {
   const int64_t active = schedule.active(t);
-  multiply<T, kBackwardRows, 1>(active, a.B, 4 * a.H, above, packed + panel * 4 * a.H * kUnits<T>, dh, false);
+  multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, panel_weights(panel), dh, false);
   for (int64_t i = 0; i < active; ++i) {
-    store(a.grad_h_0 + schedule.row(i) * a.H + panel * kUnits<T>, load(dh + i * kUnits<T>), units(panel));
+    store(grad_h + schedule.row(i) * a.H + panel * kUnits<Op>, load(dh + i * kUnits<Op>), units(panel));
   }
 }
 
-// From dh and dc of a step to its gate gradients, and dc of the step before: grad_c_0 is the running dc.
-template <class T>
-void Backward<T>::finish_row(int64_t panel, int64_t i, int64_t t, T* after) const {
-  const int64_t H = a.H, first = panel * kUnits<T>, n = units(panel), row = schedule.row(i), state = row * H + first;
+// From dh and dc of a step to its gate gradients, and dc of the step before.
+template <class Op>
+void Backward<Op>::finish_row(int64_t panel, int64_t i, int64_t t, Word<Op>* after) const {
+  const int64_t H = a.H, first = panel * kUnits<Op>, n = units(panel), row = schedule.row(i), state = row * H + first;
   const int64_t at = t * a.B * H + state, at_gates = (t * a.B + row) * 4 * H + first, before = schedule.time_before(t);
-  const T* c_prev = i < schedule.active(before) ? a.cells + before * a.B * H + state : a.c_0 + state;
-  Vec<T> gate[4];
-  for (int g = 0; g < 4; ++g) gate[g] = load(a.gates + at_gates + g * H, n);
-  Vec<T> dh = load(a.grad_h_0 + state, n);
-  if (a.grad_output != nullptr) dh += load(a.grad_output + at, n);
-  const Vec<T> tanh_c = tanh(load(a.cells + at, n));
-  const Vec<T> dc = fma(dh * gate[3], 1 - tanh_c * tanh_c, load(a.grad_c_0 + state, n));
-  const Vec<T> da[4] = {dc * gate[2] * gate[0] * (1 - gate[0]), dc * load(c_prev, n) * gate[1] * (1 - gate[1]),
+  const Vec<S> c_prev =
+      i < schedule.active(before) ? load(a.cells + before * a.B * H + state, n) : load_wide(a.c_0 + state, n);
+  Vec<S> gate[4];
+  for (int g = 0; g < 4; ++g) gate[g] = load_wide(a.gates + at_gates + g * H, n);
+  Vec<S> dh = load(grad_h + state, n);
+  if (a.grad_output != nullptr) dh += load_wide(a.grad_output + at, n);
+  const Vec<S> tanh_c = tanh(load(a.cells + at, n));
+  const Vec<S> dc = fma(dh * gate[3], 1 - tanh_c * tanh_c, load(grad_c + state, n));
+  const Vec<S> da[4] = {dc * gate[2] * gate[0] * (1 - gate[0]), dc * c_prev * gate[1] * (1 - gate[1]),
                         dc * gate[0] * (1 - gate[2] * gate[2]), dh * tanh_c * gate[3] * (1 - gate[3])};
-  store(a.grad_c_0 + state, dc * gate[1], n);
+  store(grad_c + state, dc * gate[1], n);
   for (int g = 0; g < 4; ++g) {
-    store(a.grad_gates + (schedule.first(t) + i) * 4 * H + g * H + first, da[g], n);
-    scatter<kBackwardRows>(da[g], n, after, i, g * H + first, a.B, 4 * H);
+    T* to = a.grad_gates + (schedule.first(t) + i) * 4 * H + g * H + first;
+    store_narrow(to, da[g], n);
+    fill_row<Op, kBackwardRows>(to, n, i, g * gate_words() + first / Op::kTerms, a.B, 4 * gate_words(), after);
   }
 }
 
-template <class T>
-void Backward<T>::run(const Share& share) const {
-  T* dh = scratch<T>(Slot::kPackedA, round_up(a.B, kBackwardRows) * kUnits<T>);
+template <class Op>
+void Backward<Op>::run(const Share& share) const {
+  S* dh = scratch<S>(Slot::kPackedA, round_up(a.B, kBackwardRows) * kUnits<Op>);
   for (int64_t p = share.begin; p < share.end; ++p) pack(p);
   for (int64_t s = schedule.steps(); s >= 0; --s) {  // s = steps: nothing above the last step; s = 0: only dh of h_0
     share.barrier.wait();                            // da is complete, and nobody reads the one before any more
@@ -81,18 +93,24 @@ void Backward<T>::run(const Share& share) const {
 }
 
 // grad_gates of every token, and the gradients of the initial states.
-template <class T>
+template <class Op, class T = typename Op::Storage>
 void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
-  copy_or_zero(a.grad_h_0, a.grad_h_n, a.B * a.H);
-  copy_or_zero(a.grad_c_0, a.grad_c_n, a.B * a.H);
-  if (schedule.tokens() == 0) return;
-  const int64_t panels = panels_of<T>(a.H), weights = panels * 4 * a.H * kUnits<T>;
-  const int64_t tiles = round_up(a.B * 4 * a.H, kLanes<T>);
-  T* memory = scratch<T>(Slot::kKernel, weights + 2 * tiles);
-  if (schedule.ragged()) copy_or_zero<T>(memory + weights, nullptr, 2 * tiles);
-  const Backward<T> backward = {a, schedule, memory, {memory + weights, memory + weights + tiles}};
+  using S = Sum<Op>;
+  const int64_t panels = panels_of<Op>(a.H), states = a.B * a.H;
+  const int64_t weights = panels * 4 * words_of<Op>(a.H) * kUnits<Op>;
+  const int64_t tiles = round_up(a.B * 4 * words_of<Op>(a.H), kLanes<S>);
+  Word<Op>* memory = scratch<Word<Op>>(Slot::kKernel, weights + 2 * tiles);
+  const Running<T> grad_h(Slot::kHidden, a.grad_h_0, a.grad_h_n, states);
+  const Running<T> grad_c(Slot::kCell, a.grad_c_0, a.grad_c_n, states);
+  if (schedule.ragged()) copy_or_zero<Word<Op>>(memory + weights, nullptr, 2 * tiles);
+  const Backward<Op> backward = {
+      a, schedule, memory, {memory + weights, memory + weights + tiles}, grad_h.values(), grad_c.values()};
   const bool worth_it = schedule.tokens() * a.H * a.H * 8 >= kTeamFlops;
-  run_team(parallel, panels, worth_it, [&](const Share& share) { backward.run(share); });
+  if (schedule.tokens() > 0) {
+    run_team(parallel, panels, worth_it, [&](const Share& share) { backward.run(share); });
+  }
+  grad_h.finish();
+  grad_c.finish();
 }
 
 // [tokens, columns] of steps [T, B, columns], at the time of each token or, if `before`, at the one before it; there
@@ -111,38 +129,25 @@ void gather(const Schedule& schedule, const T* steps, int64_t B, int64_t columns
   }
 }
 
-// The products over all tokens of rows of different lengths: over copies without the gaps.
-template <class T>
-void ragged_products(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
-  const int64_t H = a.H, I = a.I, N = schedule.tokens();
-  const Buffer<T> x(N * I), h(N * H), grad_x(N * I);
-  gather<T>(schedule, a.input, a.B, I, false, nullptr, x.data());
+// The products over all tokens. Those of rows of different lengths are copied next to one another first.
+template <class Op, class T = typename Op::Storage>
+void products(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
+  const int64_t H = a.H, I = a.I, N = schedule.tokens(), copied = schedule.ragged() ? N * I : 0;
+  const Buffer<T> x(copied), h(N * H), grad_x(copied);
+  if (schedule.ragged()) gather<T>(schedule, a.input, a.B, I, false, nullptr, x.data());
   gather<T>(schedule, a.output, a.B, H, true, a.h_0, h.data());
-  gemm(4 * H, I, N, transposed(a.grad_gates, 4 * H), row_major(x.data(), I), a.grad_weight_ih, I, false, parallel);
-  gemm(4 * H, H, N, transposed(a.grad_gates, 4 * H), row_major(h.data(), H), a.grad_weight_hh, H, false, parallel);
-  gemm(N, I, 4 * H, row_major(a.grad_gates, 4 * H), row_major(a.weight_ih, I), grad_x.data(), I, false, parallel);
+  const Matrix<T> da = row_major<T>(a.grad_gates, 4 * H), da_t = transposed<T>(a.grad_gates, 4 * H);
+  const Matrix<T> inputs = row_major<T>(schedule.ragged() ? x.data() : a.input, I);
+  T* grad_input = schedule.ragged() ? grad_x.data() : a.grad_input;
+  gemm<Op>(4 * H, I, N, da_t, inputs, a.grad_weight_ih, I, false, parallel);
+  gemm<Op>(4 * H, H, N, da_t, row_major<T>(h.data(), H), a.grad_weight_hh, H, false, parallel);
+  gemm<Op>(N, I, 4 * H, da, row_major(a.weight_ih, I), grad_input, I, false, parallel);
+  if (!schedule.ragged()) return;
   copy_or_zero<T>(a.grad_input, nullptr, a.steps * a.B * I);
   for (int64_t t = 0; t < a.steps; ++t) {
     for (int64_t i = 0; i < schedule.active(t); ++i) {
       copy_or_zero(a.grad_input + (t * a.B + schedule.row(i)) * I, grad_x.data() + (schedule.first(t) + i) * I, I);
     }
-  }
-}
-
-template <class T>
-void whole_products(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
-  const int64_t H = a.H, B = a.B, rows = a.steps * B;
-  gemm(rows, a.I, 4 * H, row_major(a.grad_gates, 4 * H), row_major(a.weight_ih, a.I), a.grad_input, a.I, false,
-       parallel);
-  gemm(4 * H, a.I, rows, transposed(a.grad_gates, 4 * H), row_major(a.input, a.I), a.grad_weight_ih, a.I, false,
-       parallel);
-  // h_{t-1} is h_0 for the first step that ran and the output of the neighbouring step for the others.
-  const T* first = a.grad_gates + schedule.time(0) * B * 4 * H;
-  const T* others = a.grad_gates + (a.reverse ? 0 : B) * 4 * H;
-  const T* h_prev = a.output + (a.reverse ? B : 0) * H;
-  gemm(4 * H, H, B, transposed(first, 4 * H), row_major(a.h_0, H), a.grad_weight_hh, H, false, parallel);
-  if (a.steps > 1) {
-    gemm(4 * H, H, rows - B, transposed(others, 4 * H), row_major(h_prev, H), a.grad_weight_hh, H, true, parallel);
   }
 }
 

@@ -27,92 +27,134 @@ void copy_or_zero(T* to, const T* from, int64_t count) {
   }
 }
 
+// A state that the steps carry on: in its tensor, or beside it where that has fewer bits.
 template <class T>
+class Running {
+ public:
+  using S = Widened<T>;
+
+  Running(Slot slot, T* state, const T* initial, int64_t count) : state_(state), count_(count) {
+    if constexpr (std::is_same_v<S, T>) {
+      copy_or_zero(state, initial, count);
+      values_ = state;
+      return;
+    } else {
+      values_ = scratch<S>(slot, count);
+      if (initial == nullptr) {
+        copy_or_zero<S>(values_, nullptr, count);
+      } else {
+        convert(values_, initial, count);
+      }
+    }
+  }
+
+  S* values() const { return values_; }
+  void finish() const {
+    if constexpr (!std::is_same_v<S, T>) convert(state_, values_, count_);
+  }
+
+ private:
+  T* state_;
+  S* values_;
+  int64_t count_;
+};
+
+template <class Op>
 struct Forward {
+  using T = typename Op::Storage;
+  using S = Sum<Op>;
+
   const LstmForward<T>& a;
   const Schedule& schedule;
-  const T* packed;     // [panels][I + H][kGatesWidth]
-  T* hidden_tiles[2];  // [B, H] in tiles: h of the step before, and of this step
+  PackedWeights<Op> weights;
+  typename Op::Shared* hidden[2];  // [B, H]: h of the step before, and of this step
+  S* cell;                         // [B, H]: the running c
 
   int64_t units(int64_t panel) const {
-    return a.H - panel * kUnits<T> < kUnits<T> ? a.H - panel * kUnits<T> : kUnits<T>;
+    return a.H - panel * kUnits<Op> < kUnits<Op> ? a.H - panel * kUnits<Op> : kUnits<Op>;
   }
-  const T* panel_weights(int64_t panel) const { return packed + panel * (a.I + a.H) * kGatesWidth<T>; }
 
   void run(const Share& share) const;
-  void begin_rows(const Share& share, int64_t step, T* tiles) const;
-  void multiply_inputs(const Share& share, int64_t step, int64_t steps, T* input_tiles, T* sums) const;
-  void finish_row(int64_t panel, int64_t i, int64_t t, const T* sums, T* after) const;
+  void begin_rows(const Share& share, int64_t step, typename Op::Shared* to) const;
+  int64_t multiply_inputs(const Share& share, int64_t step, int64_t steps, Word<Op>* tiles, S* sums) const;
+  void finish_row(int64_t panel, int64_t i, int64_t t, const S* sums, typename Op::Shared* after) const;
 };
 
 // h_0 of the rows whose first step this is, the share's units.
-template <class T>
-void Forward<T>::begin_rows(const Share& share, int64_t step, T* tiles) const {
-  const int64_t t = schedule.time(step), begin = share.begin * kUnits<T>;
-  const int64_t end = share.end * kUnits<T> < a.H ? share.end * kUnits<T> : a.H;
+template <class Op>
+void Forward<Op>::begin_rows(const Share& share, int64_t step, typename Op::Shared* to) const {
+  const int64_t t = schedule.time(step), begin = share.begin * kUnits<Op>;
+  const int64_t end = share.end * kUnits<Op> < a.H ? share.end * kUnits<Op> : a.H;
   for (int64_t i = schedule.active(schedule.time_before(t)); i < schedule.active(t); ++i) {
-    fill_row<kForwardRows>(a.h_0 + schedule.row(i) * a.H, i, begin, end, a.B, a.H, tiles);
+    Gates<Op>::share(a.h_0 + schedule.row(i) * a.H + begin, end - begin, i, begin, a.B, a.H, to);
   }
 }
 
-// sums[step][panel][row][kGatesWidth] = W_ih x of these steps, the share's panels.
-template <class T>
-void Forward<T>::multiply_inputs(const Share& share, int64_t step, int64_t steps, T* input_tiles, T* sums) const {
-  const int64_t panels = share.end - share.begin;
-  for (int64_t s = 0; s < steps; ++s) {
-    const int64_t t = schedule.time(step + s);
-    for (int64_t i = 0; i < schedule.active(t); ++i) {
-      fill_row<kForwardRows>(a.input + (t * a.B + schedule.row(i)) * a.I, i, 0, a.I, a.B, a.I,
-                             input_tiles + s * a.B * a.I);
+// sums[panel][row of a step][kGatesWidth] = W_ih x of these steps, the share's panels; the number of rows.
+template <class Op>
+int64_t Forward<Op>::multiply_inputs(const Share& share, int64_t step, int64_t steps, Word<Op>* tiles, S* sums) const {
+  int64_t rows = 0, row = 0;
+  for (int64_t s = step; s < step + steps; ++s) rows += schedule.active(schedule.time(s));
+  for (int64_t s = step; s < step + steps; ++s) {
+    const int64_t t = schedule.time(s);
+    for (int64_t i = 0; i < schedule.active(t); ++i, ++row) {
+      Gates<Op>::fill(a.input + (t * a.B + schedule.row(i)) * a.I, row, rows, a.I, tiles);
     }
   }
   for (int64_t p = share.begin; p < share.end; ++p) {
-    for (int64_t s = 0; s < steps; ++s) {
-      T* to = sums + (s * panels + p - share.begin) * a.B * kGatesWidth<T>;
-      multiply<T, kForwardRows, 4>(schedule.active(schedule.time(step + s)), a.B, a.I, input_tiles + s * a.B * a.I,
-                                   panel_weights(p), to, false);
-    }
+    Gates<Op>::multiply(rows, rows, a.I, tiles, weights.input(p), sums + (p - share.begin) * rows * kGatesWidth<Op>,
+                        false);
   }
+  return rows;
 }
 
 // From the finished sums of a row and panel to its gates, cell and output.
-template <class T>
-void Forward<T>::finish_row(int64_t panel, int64_t i, int64_t t, const T* sums, T* after) const {
-  const int64_t H = a.H, first = panel * kUnits<T>, n = units(panel);
+template <class Op>
+void Forward<Op>::finish_row(int64_t panel, int64_t i, int64_t t, const S* sums, typename Op::Shared* after) const {
+  const int64_t H = a.H, first = panel * kUnits<Op>, n = units(panel);
   const int64_t row = schedule.row(i), state = row * H + first, at = (t * a.B + row) * H + first;
-  Vec<T> gate[4];
+  Vec<S> gate[4];
   for (int g = 0; g < 4; ++g) {
-    gate[g] = load(sums + g * kUnits<T>);
-    if (a.bias_ih != nullptr) gate[g] += load(a.bias_ih + g * H + first, n) + load(a.bias_hh + g * H + first, n);
+    gate[g] = load(sums + g * kUnits<Op>);
+    if (a.bias_ih != nullptr) {
+      gate[g] += load_wide(a.bias_ih + g * H + first, n) + load_wide(a.bias_hh + g * H + first, n);
+    }
     gate[g] = g == 2 ? tanh(gate[g]) : sigmoid(gate[g]);
-    if (a.gates != nullptr) store(a.gates + ((t * a.B + row) * 4 + g) * H + first, gate[g], n);
+    if (a.gates != nullptr) store_narrow(a.gates + ((t * a.B + row) * 4 + g) * H + first, gate[g], n);
   }
-  const Vec<T> cell = fma(gate[1], load(a.c_n + state, n), gate[0] * gate[2]), hidden = gate[3] * tanh(cell);
-  store(a.c_n + state, cell, n);
-  if (a.cells != nullptr) store(a.cells + at, cell, n);
-  store(a.output + at, hidden, n);
-  if (i >= schedule.active(schedule.time_after(t))) store(a.h_n + state, hidden, n);  // its last step
-  scatter<kForwardRows>(hidden, n, after, i, first, a.B, H);
+  const Vec<S> c = fma(gate[1], load(cell + state, n), gate[0] * gate[2]), h = gate[3] * tanh(c);
+  store(cell + state, c, n);
+  if (a.cells != nullptr) store(a.cells + at, c, n);
+  store_narrow(a.output + at, h, n);
+  if (i >= schedule.active(schedule.time_after(t))) store_narrow(a.h_n + state, h, n);  // its last step
+  T rounded[kUnits<Op>];
+  store_narrow(rounded, h);
+  Gates<Op>::share(rounded, n, i, first, a.B, H, after);
 }
 
-template <class T>
-void Forward<T>::run(const Share& share) const {
+template <class Op>
+void Forward<Op>::run(const Share& share) const {
   const int64_t panels = share.end - share.begin, steps = schedule.steps();
   const int64_t most = (kInputRows + a.B - 1) / a.B, together = most < steps ? most : steps;
-  T* input_tiles = scratch<T>(Slot::kPackedA, together * a.B * a.I);
-  T* sums = scratch<T>(Slot::kPackedB, together * panels * a.B * kGatesWidth<T>);
+  Word<Op>* input_tiles = scratch<Word<Op>>(Slot::kPackedA, Gates<Op>::tile_words(together * a.B, a.I));
+  S* sums = scratch<S>(Slot::kPackedB, together * panels * a.B * kGatesWidth<Op>);
+  int64_t rows = 0, row = 0;  // whose inputs are multiplied; the first of this step
   for (int64_t step = 0; step < steps; ++step) {
-    const int64_t left = steps - step, t = schedule.time(step);
-    if (step % together == 0) multiply_inputs(share, step, left < together ? left : together, input_tiles, sums);
-    T *before = hidden_tiles[step % 2], *after = hidden_tiles[(step + 1) % 2];
+    const int64_t left = steps - step, t = schedule.time(step), active = schedule.active(t);
+    if (step % together == 0) {
+      rows = multiply_inputs(share, step, left < together ? left : together, input_tiles, sums);
+      row = 0;
+    }
+    typename Op::Shared *before = hidden[step % 2], *after = hidden[(step + 1) % 2];
     begin_rows(share, step, before);
     share.barrier.wait();  // h is complete, and nobody reads the one before any more
+    const Word<Op>* tiles = Gates<Op>::tiles(before, active, a.H);
     for (int64_t p = share.begin; p < share.end; ++p) {
-      T* of_panel = sums + (step % together * panels + p - share.begin) * a.B * kGatesWidth<T>;
-      multiply<T, kForwardRows, 4>(schedule.active(t), a.B, a.H, before, panel_weights(p) + a.I * kGatesWidth<T>,
-                                   of_panel, true);
-      for (int64_t i = 0; i < schedule.active(t); ++i) finish_row(p, i, t, of_panel + i * kGatesWidth<T>, after);
+      S* of_panel = sums + ((p - share.begin) * rows + row) * kGatesWidth<Op>;
+      Gates<Op>::multiply(active, a.B, a.H, tiles, weights.hidden(p), of_panel, true);
+      for (int64_t i = 0; i < active; ++i) finish_row(p, i, t, of_panel + i * kGatesWidth<Op>, after);
     }
+    row += active;
   }
 }
 
@@ -121,7 +163,7 @@ template <class T>
 void clear(const LstmForward<T>& a) {
   const int64_t count = a.steps * a.B * a.H;
   copy_or_zero<T>(a.output, nullptr, count);
-  if (a.cells != nullptr) copy_or_zero<T>(a.cells, nullptr, count);
+  if (a.cells != nullptr) copy_or_zero<Widened<T>>(a.cells, nullptr, count);
   if (a.gates != nullptr) copy_or_zero<T>(a.gates, nullptr, 4 * count);
 }
 

@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "kernels/half.h"
+
 namespace llmkern::cpu::LLMKERN_ISA {
 
 #if defined(__AVX512F__)
@@ -27,6 +29,7 @@ typedef float FloatVec __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVec __attribute__((vector_size(kVectorBytes)));
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 typedef int64_t LongVec __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));  // as many as a vector has floats
 
 template <class T>
 struct VecOf;
@@ -37,6 +40,10 @@ struct VecOf<float> {
 template <>
 struct VecOf<double> {
   using type = DoubleVec;
+};
+template <>
+struct VecOf<int32_t> {
+  using type = IntVec;
 };
 
 // Integers as wide as T, one a lane: what a shuffle is told.
@@ -49,6 +56,10 @@ struct IndexOf<float> {
 template <>
 struct IndexOf<double> {
   using type = LongVec;
+};
+template <>
+struct IndexOf<int32_t> {
+  using type = IntVec;
 };
 
 template <class T>
