@@ -14,7 +14,20 @@
 // input [T, B, I], output and cells [T, B, H], gates [T, B, 4H], weight_ih [4H, I], weight_hh [4H, H], biases [4H],
 // states [B, H]; row-major, contiguous. output[t] and cells[t] belong to input[t] in both directions.
 //
-// Saved for the backward pass: output, cells and the activated gates.
+// Saved for the backward pass: output, cells and the activated gates. Without the gates it computes them again.
+//
+// Variants (LstmVariant), each on its own or with the others:
+//
+//   projection (Sak et al. 2014)       h_t = W_hr (o * tanh(c_t))        h, h_0, output: P instead of H columns
+//   layer norm (Ba et al. 2016, as in  a_t = LN(W_ih x_t) * u_ih + b_ih + LN(W_hh h_{t-1}) * u_hh + b_hh
+//     Haste)                           h_t = o * tanh(LN(c_t) * u_c + v_c)
+//   zoneout (Krueger et al. 2017)      c'_t = z_c ? c'_{t-1} : c_t       h'_t = z_h ? h'_{t-1} : h_t
+//   reset                              h_{t-1} and c_{t-1} of a row are 0 for a step t at which its reset[t, b] is set
+//
+// with LN(v) = (v - mean v) / sqrt(variance v + 1e-5) over the 4H or H elements of a row. Under zoneout the primed
+// values are what is output, saved and carried on; h_t is made from the new c_t; z are masks of mask.h, purposes
+// kZoneoutCell and kZoneoutHidden, rows t * B + b. Without a seed their expectation takes the place of a draw:
+// c'_t = p c'_{t-1} + (1 - p) c_t.
 //
 // Backward, with dh_t the gradient of h_t from above and from the next step:
 //
@@ -35,56 +48,81 @@
 
 namespace llmkern {
 
+// Null or 0: not this variant.
+template <class T>
+struct LstmVariant {
+  const T* weight_hr;   // [P, H]
+  const T* norm_gates;  // [2, 4H]: u_ih, u_hh
+  const T* norm_cell;   // [2, H]: u_c, v_c
+  const bool* reset;    // [steps, B]
+  double zoneout_h, zoneout_c;
+  const int64_t* seed;  // null: the expectation
+};
+
 template <class T>
 struct LstmForward {
   const T *input, *h_0, *c_0;
   const T *weight_ih, *weight_hh;
   const T *bias_ih, *bias_hh;  // both, or both null
-  const int64_t* lengths;      // [B], each in [0, steps], or null
-  const void* packed;          // the weights as LstmPack has written them, or null
-  bool quantised;              // they have 8 bits; without `packed` they are made so here
+  LstmVariant<T> variant;
+  const int64_t* lengths;  // [B], each in [0, steps], or null
+  const void* packed;      // the weights as LstmPack has written them, or null
+  bool quantised;          // those have 8 bits; without `packed` they are made so here
   T* output;
-  Widened<T>* cells;  // this and gates null where there will be no backward pass
+  Widened<T>* cells;  // these null where nobody needs them
   T* gates;
+  T* normalized;       // with layer norm and gates: LN(W_ih x_t), LN(W_hh h_{t-1}), [2, steps, B, 4H]
+  Widened<T>* scales;  // [steps, B, 4]: 1 / deviation of these two; mean and 1 / deviation of c_t
   T *h_n, *c_n;
-  int64_t steps, B, I, H;
+  int64_t steps, B, I, H, P;  // P = H without projection
   bool reverse;
 };
 
 // The weights in the order in which the kernels of the instruction set in use read them, behind a header that says
-// which order that is: another instruction set does not take them for its own.
+// which order that is: others do not take them for their own.
 //
-// Quantised (float alone), a row of a weight is scale * q with integers |q| <= 127 and scale = max |w| / 127: sums over
-// 8-bit weights and 16-bit activations where there is an instruction for it, rounded weights of 32 bits elsewhere.
+// Quantised (float alone), a row of a weight is scale * q with integers |q| <= 127 and scale = max |w| / 127. Where
+// there is an instruction for it q is multiplied by 16-bit activations; elsewhere the rounded weights are kept in 32
+// bits.
 template <class T>
 struct LstmPack {
   const T *weight_ih, *weight_hh;
   bool quantised;
-  void* packed;  // aligned to 64 bytes, as many as LstmPackedBytes says
-  int64_t I, H;
+  void* packed;  // as many as LstmPackedBytes says, aligned to 64
+  int64_t I, H, P;
 };
+
+struct LstmPackHeader {
+  int64_t magic, vector_bytes, terms, sum_bytes, quantised, I, H, P;
+};
+constexpr int64_t kLstmPackMagic = 0x4b43415020534c;
 
 template <class T>
 struct LstmPackedBytes {
   bool quantised;
-  int64_t I, H;
+  int64_t I, H, P;
   int64_t* bytes;  // a multiple of 64
 };
 
 template <class T>
 struct LstmBackward {
   const T *grad_output, *grad_h_n, *grad_c_n;  // each may be null: zero
+  const Widened<T>* grad_cells;                // or null
   const T *input, *h_0, *c_0;
   const T *weight_ih, *weight_hh;
+  const T *bias_ih, *bias_hh;  // or null
+  LstmVariant<T> variant;
   const int64_t* lengths;  // or null
   const T* output;
   const Widened<T>* cells;
-  const T* gates;
-  T* grad_gates;  // workspace [T, B, 4H]: da of every step
+  const T *gates, *normalized;  // null: computed again
+  const Widened<T>* scales;
+  T* grad_gates;  // [T, B, 4H]: da of every step; may be null where the gradients of the weights are wanted
   T *grad_input, *grad_h_0, *grad_c_0;
-  T *grad_weight_ih, *grad_weight_hh;
-  T* grad_bias;  // [4H]: the gradient of both biases
-  int64_t steps, B, I, H;
+  T *grad_weight_ih, *grad_weight_hh;  // null: the gradients of weights, biases and gains are not wanted
+  T* grad_bias;                        // [4H]: the gradient of both biases
+  T *grad_weight_hr, *grad_norm_gates, *grad_norm_cell;
+  int64_t steps, B, I, H, P;
   bool reverse;
 };
 

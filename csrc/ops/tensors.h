@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/half.h"
 #include "kernels/parallel.h"
 #include "kernels/run.h"
 
@@ -78,6 +79,9 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
   return torch::stable::new_empty(like, shape, dtype);
 }
 
+// The dtype of Widened<T>.
+inline ScalarType widened(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
 template <class T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
@@ -103,6 +107,24 @@ void for_float_dtype(const char* what, const char* name, const Tensor& tensor, c
       return f(double{});
     default:
       fail(what, "expected ", name, " of dtype float32 or float64, got ",
+           torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// Calls f(T{}) with the storage type of a float32, float64, bfloat16 or float16 tensor.
+template <class F>
+void for_storage_dtype(const char* what, const char* name, const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(bfloat16{});
+    case ScalarType::Half:
+      return f(float16{});
+    default:
+      fail(what, "expected ", name, " of dtype float32, float64, bfloat16 or float16, got ",
            torch::headeronly::toString(tensor.scalar_type()));
   }
 }

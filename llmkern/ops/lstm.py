@@ -26,41 +26,82 @@ def lstm(
     *,
     reverse: bool = False,
     lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    norm_gates: Tensor | None = None,
+    norm_cell: Tensor | None = None,
+    zoneout_h: float = 0.0,
+    zoneout_c: float = 0.0,
+    seed: Tensor | None = None,
     packed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    recompute: bool = False,
+    return_cells: bool = False,
+) -> tuple[Tensor, ...]:
     """Runs one LSTM layer in one direction over all steps.
 
     Args:
-        input: [T, B, I], T at least 1; float32 or float64, on CUDA also bfloat16 or float16, whose sums and cell state
-            are float32. Under autocast on CUDA every tensor is cast to its dtype.
-        h_0, c_0: initial states, [B, H].
-        weight_ih: [4*H, I], gates i, f, g, o. weight_hh: [4*H, H].
+        input: [T, B, I], T at least 1; float32, float64, bfloat16 or float16. Sums and cell state are float32 for
+            16-bit types. Under autocast every tensor is cast to its dtype.
+        h_0, c_0: initial states, [B, P] and [B, H]; P is H without a projection.
+        weight_ih: [4*H, I], gates i, f, g, o. weight_hh: [4*H, P].
         bias_ih, bias_hh: [4*H], both or neither.
         reverse: run from the last step to the first; outputs stay at the step of their input.
         lengths: int64 [B], each in [0, T]: row b runs over its first lengths[b] steps alone, backwards from the last of
             them with ``reverse``. None: every row runs over all.
+        reset: bool [T, B]: where set, the row's states are zero before that step.
+        weight_hr: [P, H]: h_t = W_hr (o * tanh(c_t)) (Sak et al. 2014, https://arxiv.org/abs/1402.1128).
+        norm_gates: [2, 4*H], gains of the layer-normalised products W_ih x_t and W_hh h_{t-1}. norm_cell: [2, H], gain
+            and bias of the layer-normalised cell state that makes the output (Ba et al. 2016, as in
+            Haste). Both or neither.
+        zoneout_h, zoneout_c: probabilities that an element of the output and of the cell state keeps its value of the
+            step before (Krueger et al. 2017, https://arxiv.org/abs/1606.01305).
+        seed: int64 [], which makes the masks of zoneout. None: their expectation, as for evaluation.
         packed: what :func:`lstm_pack` made of these weights, to save the copy at every call. It is not looked at
-            whether the weights have changed since.
+            whether the weights have changed since. Those of int8 take the place of the weights.
+        recompute: on the CPU, keep only outputs and cell states for the backward pass, a third of what it needs
+            otherwise, and compute the gates again there.
+        return_cells: return the cell states of all steps too.
 
     Returns:
-        output [T, B, H], 0 beyond a row's length, and the states after the last step that ran: h_n [B, H], c_n [B, H].
+        output [T, B, P], 0 beyond a row's length, and the states after the last step that ran: h_n [B, P], c_n [B, H].
+        With ``return_cells`` also [T, B, H], float32 for 16-bit input.
 
     Raises:
         TypeError: an argument is no tensor, or its dtype is another one.
-        ValueError: a shape or a device does not fit.
+        ValueError: a shape, a device or a probability does not fit.
 
     Example:
         >>> x, state = torch.randn(35, 20, 256), torch.zeros(20, 512)
         >>> w_ih, w_hh = torch.randn(2048, 256) / 16, torch.randn(2048, 512) / 23
         >>> output, h_n, c_n = llmkern.ops.lstm(x, state, state, w_ih, w_hh)
     """
-    tensors = _validated("lstm", "T, B, I", input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
-    if lengths is not None:
-        lengths = _valid_lengths(lengths, input)
-    output, h_n, c_n, _, _ = torch.ops.llmkern.lstm.default(
-        *tensors, lengths, packed, reverse, _differentiable(tensors)
+    tensors = _validated(
+        "lstm",
+        "T, B, I",
+        input,
+        h_0,
+        c_0,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        weight_hr,
+        norm_gates,
+        norm_cell,
     )
-    return output, h_n, c_n
+    masks = _valid_masks(input, lengths, reset, seed, (zoneout_h, zoneout_c))
+    saves = _saves("lstm", tensors, packed)
+    output, h_n, c_n, cells, *_ = torch.ops.llmkern.lstm.default(
+        *tensors,
+        *masks,
+        packed,
+        zoneout_h,
+        zoneout_c,
+        reverse,
+        saves or return_cells,
+        saves and not (recompute and input.device.type == "cpu"),
+    )
+    return (output, h_n, c_n, cells) if return_cells else (output, h_n, c_n)
 
 
 def lstm_cell(
@@ -75,30 +116,82 @@ def lstm_cell(
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of :func:`lstm`: input [B, I] and states [B, H] to the next states h_1, c_1 [B, H]."""
-    step, *others = _validated(
+    tensors = _validated(
         "lstm_cell", "B, I", input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
     )
-    _, h_1, c_1, _, _ = torch.ops.llmkern.lstm.default(
-        step.unsqueeze(0), *others, None, packed, False, _differentiable((step, *others))
+    step, *others = tensors
+    saves = _saves("lstm_cell", tensors, packed)
+    _, h_1, c_1, *_ = torch.ops.llmkern.lstm.default(
+        step.unsqueeze(0), *others, packed=packed, save_cells=saves, save_gates=saves
     )
     return h_1, c_1
 
 
-def lstm_pack(weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
+def lstm_pack(
+    weight_ih: Tensor, weight_hh: Tensor, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """The weights in the order in which the CPU kernels read them, for ``lstm(..., packed=...)``.
 
     Args:
-        weight_ih: [4*H, I]. weight_hh: [4*H, H]. On the CPU, float32 or float64.
+        weight_ih: [4*H, I]. weight_hh: [4*H, P]. On the CPU.
+        dtype: their own, or torch.int8 for float32 weights: each row of both is rounded to multiples of its largest
+            magnitude / 127. Sums, states and everything else stay float32; there are no gradients.
 
     Returns:
-        A vector as large as both. Under another instruction set (``llmkern.info()["cpu_isa"]``) it is not used.
+        A vector about as large as both have in that dtype. It is made for the instruction set in use
+        (``llmkern.info()["cpu_isa"]``); under another one the weights are packed anew at every call.
+
+    Raises:
+        TypeError: another dtype is asked for.
     """
-    return torch.ops.llmkern.lstm_pack.default(weight_ih.detach(), weight_hh.detach())
+    if dtype not in (None, weight_hh.dtype) and (dtype, weight_hh.dtype) != (
+        torch.int8,
+        torch.float32,
+    ):
+        raise TypeError(
+            f"llmkern.lstm_pack: expected dtype {_checks.dtype_names([weight_hh.dtype])}, or int8 for float32 "
+            f"weights, got {_checks.dtype_names([dtype])}"
+        )
+    return torch.ops.llmkern.lstm_pack.default(
+        weight_ih.detach(), weight_hh.detach(), dtype == torch.int8
+    )
 
 
-def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
+def _saves(op: str, tensors: Sequence[Tensor | None], packed: Tensor | None) -> bool:
     """Whether there may be a backward pass, which needs what the forward pass computed on the way."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if saves and packed is not None and packed.dtype == torch.int8:
+        raise ValueError(
+            f"llmkern.{op}: expected no gradients with int8 weights, got an argument that requires them; "
+            "call it under torch.no_grad()"
+        )
+    return saves
+
+
+def _valid_masks(
+    input: Tensor,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    seed: Tensor | None,
+    zoneout: tuple[float, float],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if lengths is not None:
+        lengths = _valid_lengths(lengths, input)
+    if reset is not None:
+        T, B = input.shape[:2]
+        _checks.check_tensor("lstm", "reset", reset)
+        _checks.check_dtype("lstm", "reset", reset, [torch.bool])
+        _checks.check_shape("lstm", "reset", reset, "T, B", [T, B])
+        _checks.check_same_device("lstm", {"input": input, "reset": reset})
+    if seed is not None:
+        _checks.check_tensor("lstm", "seed", seed)
+        _checks.check_dtype("lstm", "seed", seed, [torch.int64])
+        _checks.check_shape("lstm", "seed", seed, "", [])
+        _checks.check_same_device("lstm", {"input": input, "seed": seed})
+    for name, p in zip(("zoneout_h", "zoneout_c"), zoneout, strict=True):
+        if not 0 <= p <= 1:
+            raise ValueError(f"llmkern.lstm: expected {name} in [0, 1], got {p}")
+    return lengths, reset, seed
 
 
 def _valid_lengths(lengths: Tensor, input: Tensor) -> Tensor:
@@ -125,7 +218,7 @@ def _validated(op: str, input_letters: str, *tensors: Tensor | None) -> tuple[An
         ("input", "h_0", "c_0", "weight_ih", "weight_hh"), tensors, strict=False
     ):
         _checks.check_tensor(op, name, tensor)
-    cast = _autocast.cast(*tensors)
+    cast = _autocast.cast(*tensors, sixteen_bits_on_cpu=True)
     _validate(op, input_letters, *cast)  # type: ignore[arg-type]
     return cast
 
@@ -140,41 +233,82 @@ def _validate(
     weight_hh: Tensor,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
+    weight_hr: Tensor | None = None,
+    norm_gates: Tensor | None = None,
+    norm_cell: Tensor | None = None,
 ) -> None:
     required: dict[str, Tensor | None] = {"input": input, "h_0": h_0, "c_0": c_0}
     required |= {"weight_ih": weight_ih, "weight_hh": weight_hh}
-    _checks.check_float_like(op, {**required, "bias_ih": bias_ih, "bias_hh": bias_hh})
+    optional = {"bias_ih": bias_ih, "bias_hh": bias_hh, "weight_hr": weight_hr}
+    optional |= {"norm_gates": norm_gates, "norm_cell": norm_cell}
+    _checks.check_float_like(op, {**required, **optional}, _checks.ANY_FLOAT_DTYPES)
     _checks.check_dim(op, "input", input, input_letters)
-    _checks.check_dim(op, "weight_hh", weight_hh, "4*H, H")
-    B, I, H = input.shape[-2], input.shape[-1], weight_hh.shape[1]  # noqa: E741
-    for what, there in (("time step", input.dim() == 2 or input.shape[0]), ("hidden unit", H)):
+    _checks.check_dim(op, "weight_hh", weight_hh, "4*H, H" if weight_hr is None else "4*H, P")
+    B, I, P = input.shape[-2], input.shape[-1], weight_hh.shape[1]  # noqa: E741
+    H = P if weight_hr is None else weight_hh.shape[0] // 4
+    for what, there in (("time step", input.dim() == 2 or input.shape[0]), ("hidden unit", H * P)):
         if not there:
             raise ValueError(
                 f"llmkern.{op}: expected at least one {what}, got input of shape {list(input.shape)} "
                 f"and weight_hh of shape {list(weight_hh.shape)}"
             )
-    _checks.check_shape(op, "weight_hh", weight_hh, "4*H, H", [4 * H, H])
+    if weight_hr is None:
+        _checks.check_shape(op, "weight_hh", weight_hh, "4*H, H", [4 * H, H])
+        _checks.check_shape(op, "h_0", h_0, "B, H", [B, H])
+    else:
+        _checks.check_shape(op, "weight_hh", weight_hh, "4*H, P", [4 * H, P])
+        _checks.check_shape(op, "weight_hr", weight_hr, "P, H", [P, H])
+        _checks.check_shape(op, "h_0", h_0, "B, P", [B, P])
     _checks.check_shape(op, "weight_ih", weight_ih, "4*H, I", [4 * H, I])
-    _checks.check_shape(op, "h_0", h_0, "B, H", [B, H])
     _checks.check_shape(op, "c_0", c_0, "B, H", [B, H])
-    if (bias_ih is None) != (bias_hh is None):
-        raise ValueError(f"llmkern.{op}: expected both bias_ih and bias_hh or neither, got one")
-    for name, bias in (("bias_ih", bias_ih), ("bias_hh", bias_hh)):
-        if bias is not None:
-            _checks.check_shape(op, name, bias, "4*H", [4 * H])
+    for pair in (("bias_ih", "bias_hh"), ("norm_gates", "norm_cell")):
+        if (optional[pair[0]] is None) != (optional[pair[1]] is None):
+            raise ValueError(
+                f"llmkern.{op}: expected both {' and '.join(pair)} or neither, got one"
+            )
+    shapes = {"bias_ih": ("4*H", [4 * H]), "bias_hh": ("4*H", [4 * H])}
+    shapes |= {"norm_gates": ("2, 4*H", [2, 4 * H]), "norm_cell": ("2, H", [2, H])}
+    for name, (letters, shape) in shapes.items():
+        tensor = optional[name]
+        if tensor is not None:
+            _checks.check_shape(op, name, tensor, letters, shape)
 
 
 @torch.library.register_fake("llmkern::lstm")
 def _lstm_fake(  # type: ignore[no-untyped-def]
-    input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, packed, reverse, save
+    input,
+    h_0,
+    c_0,
+    weight_ih,
+    weight_hh,
+    bias_ih=None,
+    bias_hh=None,
+    weight_hr=None,
+    norm_gates=None,
+    norm_cell=None,
+    lengths=None,
+    reset=None,
+    seed=None,
+    packed=None,
+    zoneout_h=0.0,
+    zoneout_c=0.0,
+    reverse=False,
+    save_cells=False,
+    save_gates=False,
 ):
     T, B, _ = input.shape
-    H = weight_hh.shape[1]
-    state = input.new_empty(B, H)
-    saved = T if save else 0
-    cells = input.new_empty(saved, B, H, dtype=_checks.widened(input.dtype))
-    gates = input.new_empty(saved, B, 4 * H)
-    return input.new_empty(T, B, H), state, torch.empty_like(state), cells, gates
+    H, P = c_0.shape[1], h_0.shape[1]
+    wide = _checks.widened(input.dtype)
+    norm = save_gates and norm_gates is not None
+    return (
+        input.new_empty(T, B, P),
+        input.new_empty(B, P),
+        input.new_empty(B, H),
+        input.new_empty((T, B, H) if save_cells else (0,), dtype=wide),
+        input.new_empty((T, B, 4 * H) if save_gates else (0,)),
+        input.new_empty((2, T, B, 4 * H) if norm else (0,)),
+        input.new_empty((T, B, 4) if norm else (0,), dtype=wide),
+    )
 
 
 @torch.library.register_fake("llmkern::lstm_backward")
@@ -182,40 +316,72 @@ def _lstm_backward_fake(  # type: ignore[no-untyped-def]
     grad_output,
     grad_h_n,
     grad_c_n,
+    grad_cells,
     input,
     h_0,
     c_0,
     weight_ih,
     weight_hh,
+    bias_ih,
+    bias_hh,
+    weight_hr,
+    norm_gates,
+    norm_cell,
     lengths,
+    reset,
+    seed,
     output,
     cells,
     gates,
-    reverse,
+    normalized,
+    scales,
+    zoneout_h=0.0,
+    zoneout_c=0.0,
+    reverse=False,
+    weights=True,
 ):
-    dense = [input.new_empty(t.shape) for t in (input, h_0, c_0, weight_ih, weight_hh)]
-    return *dense, input.new_empty(weight_hh.shape[0])
+    T, B, _ = input.shape
+    dense = [input.new_empty(t.shape) for t in (input, h_0, c_0)]
+    grad_gates = input.new_empty((0,) if weights else (T, B, weight_ih.shape[0]))
+    bias = input.new_empty(weight_ih.shape[0])
+    wanted = (weight_ih, weight_hh, bias, weight_hr, norm_gates, norm_cell)
+    return (
+        *dense,
+        grad_gates,
+        *[input.new_empty(t.shape if weights and t is not None else (0,)) for t in wanted],
+    )
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    input, h_0, c_0, weight_ih, weight_hh, bias_ih, _, lengths, _, ctx.reverse, ctx.saved = inputs
-    step_output, _, _, cells, gates = output
-    ctx.has_bias = bias_ih is not None
+    *parameters, _, zoneout_h, zoneout_c, reverse, save_cells, _ = inputs
+    step_output, _, _, cells, *rest = output
+    ctx.options = zoneout_h, zoneout_c, reverse
+    ctx.saved = save_cells
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(cells, gates)
-    ctx.save_for_backward(input, h_0, c_0, weight_ih, weight_hh, lengths, step_output, cells, gates)
+    ctx.mark_non_differentiable(*rest)
+    ctx.save_for_backward(*parameters, step_output, cells, *rest)
 
 
-def _backward(ctx, grad_output, grad_h_n, grad_c_n, _cells, _gates):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, *_):  # type: ignore[no-untyped-def]
     if not ctx.saved:
-        raise RuntimeError("llmkern.lstm: expected save=True for a backward pass, got False")
-    *grads, grad_bias = torch.ops.llmkern.lstm_backward.default(
-        grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors, ctx.reverse
+        raise RuntimeError("llmkern.lstm: expected save_cells=True for a backward pass, got False")
+    grad_input, grad_h_0, grad_c_0, _, grad_ih, grad_hh, grad_bias, *grad_variant = (
+        torch.ops.llmkern.lstm_backward.default(
+            grad_output, grad_h_n, grad_c_n, grad_cells, *ctx.saved_tensors, *ctx.options
+        )
     )
-    if not ctx.has_bias:
-        return *grads, *[None] * 6
-    # Two tensors: autograd may add into a gradient in place.
-    return *grads, grad_bias, grad_bias.clone(), *[None] * 4
+    bias, variant = ctx.saved_tensors[5], ctx.saved_tensors[7:10]
+    return (
+        grad_input,
+        grad_h_0,
+        grad_c_0,
+        grad_ih,
+        grad_hh,
+        # Two tensors: autograd may add into a gradient in place.
+        *((None, None) if bias is None else (grad_bias, grad_bias.clone())),
+        *[None if t is None else grad for t, grad in zip(variant, grad_variant, strict=True)],
+        *[None] * 9,
+    )
 
 
 def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]

@@ -241,12 +241,11 @@ def test_promises(device, op, promise):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(device, dtype):
     a = moved(arguments((3, 2, 4, 5), dtype), device)
-    # lengths, packed weights (the CPU's alone), reverse, whether there may be a backward pass
     op, lengths = torch.ops.llmkern.lstm.default, torch.tensor([3, 1], device=device)
-    torch.library.opcheck(op, (*a, None, None, False, True))
-    torch.library.opcheck(op, (*a, lengths, None, True, True))
-    without_gradients = [t.detach() for t in a[:5]]
-    torch.library.opcheck(op, (*without_gradients, None, None, None, None, True, False))
+    saves = {"save_cells": True, "save_gates": True}
+    torch.library.opcheck(op, tuple(a), saves)
+    torch.library.opcheck(op, tuple(a), {"lengths": lengths, "reverse": True, **saves})
+    torch.library.opcheck(op, tuple(t.detach() for t in a[:5]), {"reverse": True})
 
 
 def test_gradcheck(device):

@@ -195,15 +195,9 @@ def test_gates_are_accurate_for_any_argument(isa, dtype):
     x = torch.cat([x, -x]).to(dtype)
     B, H = len(x), 3
     state, w_hh = torch.zeros(B, H, dtype=dtype), torch.zeros(4 * H, H, dtype=dtype)
-    *_, gates = torch.ops.llmkern.lstm.default(
-        x[None, :, None],
-        state,
-        state,
-        torch.ones(4 * H, 1, dtype=dtype),
-        w_hh,
-        *[None] * 4,
-        False,
-        True,
+    w_ih = torch.ones(4 * H, 1, dtype=dtype)
+    _, _, _, _, gates, _, _ = torch.ops.llmkern.lstm.default(
+        x[None, :, None], state, state, w_ih, w_hh, save_gates=True
     )
     truth = x.double()[:, None]
     error = (gates[0].double() - truth.sigmoid()) / truth.sigmoid()

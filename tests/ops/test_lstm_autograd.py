@@ -25,19 +25,21 @@ def test_gradcheck(reverse, bias):
 def test_opcheck(requires_grad, bias):
     arguments = [t.requires_grad_(requires_grad) for t in layer(SHAPE, bias, dtype=torch.float32)]
     arguments += [] if bias else [None, None]
-    torch.library.opcheck(torch.ops.llmkern.lstm.default, (*arguments, None, None, True, True))
+    options = {"reverse": True, "save_cells": True, "save_gates": True}
+    torch.library.opcheck(torch.ops.llmkern.lstm.default, tuple(arguments), options)
 
 
 def test_opcheck_of_the_backward():
     x, h_0, c_0, w_ih, w_hh = layer(SHAPE, bias=False)
-    output, _, _, cells, gates = torch.ops.llmkern.lstm.default(
-        x, h_0, c_0, w_ih, w_hh, None, None, None, None, False, True
+    output, _, _, cells, *saved = torch.ops.llmkern.lstm.default(
+        x, h_0, c_0, w_ih, w_hh, save_cells=True, save_gates=True
     )
-    rest = (x, h_0, c_0, w_ih, w_hh, None, output, cells, gates, False)
+    rest = (x, h_0, c_0, w_ih, w_hh, *[None] * 8, output, cells, *saved)
     backward = torch.ops.llmkern.lstm_backward.default
-    for gradients in ((output, h_0, c_0), (None, h_0, None), (None, None, None)):
-        torch.library.opcheck(backward, (*gradients, *rest))
-    for gradient in backward(None, None, None, *rest):
+    for gradients in ((output, h_0, c_0, cells), (None, h_0, None, None), (None,) * 4):
+        for weights in (True, False):
+            torch.library.opcheck(backward, (*gradients, *rest), {"weights": weights})
+    for gradient in backward(*[None] * 4, *rest):
         assert gradient.count_nonzero() == 0
 
 
@@ -81,8 +83,8 @@ def test_nothing_requires_grad():
 
 def test_what_is_saved_is_not_differentiable():
     arguments = [t.requires_grad_() for t in layer(SHAPE)]
-    outputs = torch.ops.llmkern.lstm.default(*arguments, None, None, False, True)
-    assert [t.requires_grad for t in outputs] == [True, True, True, False, False]
+    outputs = torch.ops.llmkern.lstm.default(*arguments, save_cells=True, save_gates=True)
+    assert [t.requires_grad for t in outputs] == [True] * 4 + [False] * 3
 
 
 def test_retain_graph():

@@ -58,22 +58,22 @@ def test_bad_input_of_the_cell():
 
 
 BAD_BINDING_CALLS = [
-    ("input", lambda t: t.half(), "every tensor of dtype Half, got Float"),
+    ("input", lambda t: t.half(), "weight_hh of dtype Half, got Float"),
     ("input", lambda t: t[0], r"input of 3 dimensions, got shape \[3, 4\]"),
     ("input", lambda t: t[:0], r"at least one time step, got input of shape \[0, 3, 4\]"),
     ("input", lambda t: t[..., :3], r"weight_ih of shape \[20, 3\], got \[20, 4\]"),
     ("h_0", lambda t: t[:, :4], r"h_0 of shape \[3, 5\], got \[3, 4\]"),
-    ("c_0", lambda t: t.double(), "every tensor of dtype Float, got Double"),
+    ("c_0", lambda t: t.double(), "c_0 of dtype Float, got Double"),
     ("weight_hh", lambda t: t[0], r"weight_hh of 2 dimensions, got shape \[5\]"),
     (
         "weight_hh",
         lambda t: t[:, :0],
         r"at least one hidden unit, got weight_hh of shape \[20, 0\]",
     ),
-    ("weight_hh", lambda t: t[:-1], r"weight_hh of shape \[20, 5\], got \[19, 5\]"),
+    ("weight_hh", lambda t: t[:-1], r"weight_hh of shape \[4\*H, H\], got \[19, 5\]"),
     ("bias_ih", lambda t: None, "expected both biases or neither, got one"),
-    ("bias_hh", lambda t: t[1:], r"every bias of shape \[20\], got \[19\]"),
-    ("bias_hh", lambda t: t.double(), "every bias of dtype Float, got Double"),
+    ("bias_hh", lambda t: t[1:], r"bias_hh of shape \[20\], got \[19\]"),
+    ("bias_hh", lambda t: t.double(), "bias_hh of dtype Float, got Double"),
 ]
 
 
@@ -81,32 +81,30 @@ BAD_BINDING_CALLS = [
 def test_the_binding_checks_too(name, change, message):
     """A caller who goes round Python's checks gets an error, not a wild read."""
     with pytest.raises(ValueError, match=r"llmkern\.lstm: .*" + message):
-        torch.ops.llmkern.lstm.default(*one_bad(name, change).values(), None, None, False, True)
+        torch.ops.llmkern.lstm.default(*one_bad(name, change).values())
 
 
 def test_the_binding_refuses_float16():
     with pytest.raises(ValueError, match=r"input of dtype float32 or float64, got Half"):
-        torch.ops.llmkern.lstm.default(
-            *layer((2, 3, 4, 5), dtype=torch.float16), None, None, False, True
-        )
+        torch.ops.llmkern.lstm.default(*layer((2, 3, 4, 5), dtype=torch.float16))
 
 
 @pytest.mark.parametrize(
-    "name", ["grad_output", "grad_h_n", "grad_c_n", "output", "cells", "gates"]
+    "name", ["grad_output", "grad_h_n", "grad_c_n", "grad_cells", "output", "cells", "gates"]
 )
 @pytest.mark.parametrize(
     "change", [lambda t: t[:, :1], lambda t: t.double()], ids=["shape", "dtype"]
 )
 def test_the_backward_binding_checks_too(name, change):
     x, h_0, c_0, w_ih, w_hh = layer((2, 3, 4, 5), bias=False, dtype=torch.float32)
-    output, _, _, cells, gates = torch.ops.llmkern.lstm.default(
-        x, h_0, c_0, w_ih, w_hh, *[None] * 4, False, True
+    output, _, _, *saved = torch.ops.llmkern.lstm.default(
+        x, h_0, c_0, w_ih, w_hh, save_cells=True, save_gates=True
     )
-    arguments = {"grad_output": output, "grad_h_n": h_0, "grad_c_n": c_0, "input": x, "h_0": h_0}
-    arguments |= {"c_0": c_0, "weight_ih": w_ih, "weight_hh": w_hh, "lengths": None}
-    arguments |= {"output": output, "cells": cells, "gates": gates}
+    arguments = {"grad_output": output, "grad_h_n": h_0, "grad_c_n": c_0, "grad_cells": saved[0]}
+    arguments |= {"input": x, "h_0": h_0, "c_0": c_0, "weight_ih": w_ih, "weight_hh": w_hh}
+    arguments |= dict.fromkeys(("bias_ih", "bias_hh", "weight_hr", "norm_gates", "norm_cell"))
+    arguments |= {"lengths": None, "reset": None, "seed": None, "output": output}
+    arguments |= dict(zip(("cells", "gates", "normalized", "scales"), saved, strict=True))
     arguments[name] = change(arguments[name])
-    with pytest.raises(
-        ValueError, match=rf"llmkern\.lstm: expected ({name}|every \w+( tensor)?) of"
-    ):
-        torch.ops.llmkern.lstm_backward.default(*arguments.values(), False)
+    with pytest.raises(ValueError, match=rf"llmkern\.lstm: expected {name} of"):
+        torch.ops.llmkern.lstm_backward.default(*arguments.values())

@@ -101,7 +101,7 @@ def test_the_binding_checks_too(wrong):
     lengths = LENGTHS.clone()
     lengths[2] = wrong
     with pytest.raises(ValueError, match=rf"lengths in \[0, T = 7\], got {wrong} in row 2"):
-        torch.ops.llmkern.lstm.default(*layer(), lengths, None, False, True)
+        torch.ops.llmkern.lstm.default(*layer(), lengths=lengths)
 
 
 def test_without_recompiling_for_other_lengths():

@@ -30,46 +30,41 @@ void with_operand(const F& f) {
 }
 
 template <class T, class F>
-void with_operand([[maybe_unused]] bool quantised, [[maybe_unused]] int64_t I, [[maybe_unused]] int64_t H, const F& f) {
+void with_operand([[maybe_unused]] bool quantised, [[maybe_unused]] int64_t I, [[maybe_unused]] int64_t P, const F& f) {
 #ifdef __AVX512F__
   if constexpr (std::is_same_v<T, float>) {
-    if (quantised && has_vnni() && I <= Bytes::kMostTerms && H <= Bytes::kMostTerms) return f(Bytes{});
+    if (quantised && has_vnni() && I <= Bytes::kMostTerms && P <= Bytes::kMostTerms) return f(Bytes{});
   }
 #endif
   with_operand<T>(f);
 }
 
-// What packed weights begin with. Equal headers: an equal layout of equal weights.
-struct alignas(64) Header {
-  int64_t magic, vector_bytes, terms, sum_bytes, quantised, I, H, unused;
-};
-
 template <class Op>
-Header header_of(bool quantised, int64_t I, int64_t H) {
-  return {0x4b504d54534c4c00, kVectorBytes, Op::kTerms, sizeof(Sum<Op>), quantised, I, H, 0};
+LstmPackHeader header_of(bool quantised, int64_t I, int64_t H, int64_t P) {
+  return {kLstmPackMagic, kVectorBytes, Op::kTerms, sizeof(Sum<Op>), quantised, I, H, P};
 }
 
 template <class Op>
-int64_t packed_bytes(int64_t I, int64_t H) {
-  return static_cast<int64_t>(sizeof(Header)) +
-         round_up(PackedWeights<Op>::size(I, H) * static_cast<int64_t>(sizeof(Word<Op>)), 64);
+int64_t packed_bytes(int64_t I, int64_t H, int64_t P) {
+  return static_cast<int64_t>(sizeof(LstmPackHeader)) +
+         round_up(PackedWeights<Op>::size(I, H, P) * static_cast<int64_t>(sizeof(Word<Op>)), 64);
 }
 
 template <class Op>
-PackedWeights<Op> weights_in(const void* packed, int64_t I, int64_t H) {
-  return {reinterpret_cast<const Word<Op>*>(static_cast<const char*>(packed) + sizeof(Header)), I, H};
+PackedWeights<Op> weights_in(const void* packed, int64_t I, int64_t H, int64_t P) {
+  return {reinterpret_cast<const Word<Op>*>(static_cast<const char*>(packed) + sizeof(LstmPackHeader)), I, H, P};
 }
 
 template <class Op, class T>
 void pack(const LstmPack<T>& a, const Parallel& parallel) {
-  const Header header = header_of<Op>(a.quantised, a.I, a.H);
+  const LstmPackHeader header = header_of<Op>(a.quantised, a.I, a.H, a.P);
   memcpy(a.packed, &header, sizeof header);
-  const PackedWeights<Op> weights = weights_in<Op>(a.packed, a.I, a.H);
-  const int64_t grain = (1 << 15) / ((a.I + a.H) * kGatesWidth<Op>)+1;
+  const PackedWeights<Op> weights = weights_in<Op>(a.packed, a.I, a.H, a.P);
+  const int64_t grain = (1 << 15) / ((a.I + a.P) * kGatesWidth<Op>)+1;
   parallel(panels_of<Op>(a.H), grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       Gates<Op>::pack(a.weight_ih, a.I, a.H, p * kUnits<Op>, a.quantised, const_cast<Word<Op>*>(weights.input(p)));
-      Gates<Op>::pack(a.weight_hh, a.H, a.H, p * kUnits<Op>, a.quantised, const_cast<Word<Op>*>(weights.hidden(p)));
+      Gates<Op>::pack(a.weight_hh, a.P, a.H, p * kUnits<Op>, a.quantised, const_cast<Word<Op>*>(weights.hidden(p)));
     }
   });
 }
@@ -78,11 +73,11 @@ template <class Op, class T>
 void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& parallel) {
   const Running<T> cell(Slot::kCell, a.c_n, a.c_0, a.B * a.H);
   if (schedule.tokens() > 0) {
-    const Header expected = header_of<Op>(a.quantised, a.I, a.H);
+    const LstmPackHeader expected = header_of<Op>(a.quantised, a.I, a.H, a.P);
     const void* packed = a.packed;
     if (packed == nullptr || memcmp(packed, &expected, sizeof expected) != 0) {
-      void* own = scratch<char>(Slot::kKernel, packed_bytes<Op>(a.I, a.H));
-      pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, a.quantised, own, a.I, a.H}, parallel);
+      void* own = scratch<char>(Slot::kKernel, packed_bytes<Op>(a.I, a.H, a.P));
+      pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, a.quantised, own, a.I, a.H, a.P}, parallel);
       packed = own;
     }
     using Shared = typename Op::Shared;
@@ -90,7 +85,7 @@ void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& 
     Shared* hidden = scratch<Shared>(Slot::kHidden, 2 * elements);
     if (schedule.ragged()) copy_or_zero<Shared>(hidden, nullptr, 2 * elements);  // tiles are multiplied whole
     const Forward<Op> layer = {
-        a, schedule, weights_in<Op>(packed, a.I, a.H), {hidden, hidden + elements}, cell.values()};
+        a, schedule, weights_in<Op>(packed, a.I, a.H, a.P), {hidden, hidden + elements}, cell.values()};
     const bool worth_it = schedule.tokens() * a.H * (a.I + a.H) * 8 >= kTeamFlops;
     run_team(parallel, panels_of<Op>(a.H), worth_it, [&](const Share& share) { layer.run(share); });
   }
@@ -99,12 +94,12 @@ void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& 
 
 template <class T>
 void execute(const LstmPackedBytes<T>& a, const Parallel&) {
-  with_operand<T>(a.quantised, a.I, a.H, [&](auto op) { *a.bytes = packed_bytes<decltype(op)>(a.I, a.H); });
+  with_operand<T>(a.quantised, a.I, a.P, [&](auto op) { *a.bytes = packed_bytes<decltype(op)>(a.I, a.H, a.P); });
 }
 
 template <class T>
 void execute(const LstmPack<T>& a, const Parallel& parallel) {
-  with_operand<T>(a.quantised, a.I, a.H, [&](auto op) { pack<decltype(op)>(a, parallel); });
+  with_operand<T>(a.quantised, a.I, a.P, [&](auto op) { pack<decltype(op)>(a, parallel); });
 }
 
 template <class T>
@@ -112,17 +107,20 @@ void execute(const LstmForward<T>& a, const Parallel& parallel) {
   const Schedule schedule(a.steps, a.B, a.lengths, a.reverse);
   copy_or_zero(a.h_n, a.h_0, a.B * a.H);  // of rows without a step
   if (schedule.ragged()) clear(a);
-  with_operand<T>(a.quantised, a.I, a.H, [&](auto op) { forward<decltype(op)>(a, schedule, parallel); });
+  with_operand<T>(a.quantised, a.I, a.P, [&](auto op) { forward<decltype(op)>(a, schedule, parallel); });
 }
 
 template <class T>
-void execute(const LstmBackward<T>& a, const Parallel& parallel) {
+void execute(const LstmBackward<T>& given, const Parallel& parallel) {
+  LstmBackward<T> a = given;
+  if (a.grad_gates == nullptr) a.grad_gates = scratch<T>(Slot::kGates, a.steps * a.B * 4 * a.H);
   const Schedule schedule(a.steps, a.B, a.lengths, a.reverse);
   with_operand<T>([&](auto op) {
     backward_through_time<decltype(op)>(a, schedule, parallel);
-    products<decltype(op)>(a, schedule, parallel);
+    input_product<decltype(op)>(a, schedule, parallel);
+    if (a.grad_weight_ih != nullptr) weight_products<decltype(op)>(a, schedule, parallel);
   });
-  sum_rows(schedule.tokens(), 4 * a.H, a.grad_gates, a.grad_bias, false, parallel);
+  if (a.grad_bias != nullptr) sum_rows(schedule.tokens(), 4 * a.H, a.grad_gates, a.grad_bias, false, parallel);
 }
 
 }  // namespace

@@ -66,7 +66,8 @@ void Backward<Op>::finish_row(int64_t panel, int64_t i, int64_t t, Word<Op>* aft
   Vec<S> dh = load(grad_h + state, n);
   if (a.grad_output != nullptr) dh += load_wide(a.grad_output + at, n);
   const Vec<S> tanh_c = tanh(load(a.cells + at, n));
-  const Vec<S> dc = fma(dh * gate[3], 1 - tanh_c * tanh_c, load(grad_c + state, n));
+  Vec<S> dc = fma(dh * gate[3], 1 - tanh_c * tanh_c, load(grad_c + state, n));
+  if (a.grad_cells != nullptr) dc += load(a.grad_cells + at, n);
   const Vec<S> da[4] = {dc * gate[2] * gate[0] * (1 - gate[0]), dc * c_prev * gate[1] * (1 - gate[1]),
                         dc * gate[0] * (1 - gate[2] * gate[2]), dh * tanh_c * gate[3] * (1 - gate[3])};
   store(grad_c + state, dc * gate[1], n);
@@ -129,26 +130,33 @@ void gather(const Schedule& schedule, const T* steps, int64_t B, int64_t columns
   }
 }
 
-// The products over all tokens. Those of rows of different lengths are copied next to one another first.
+// dx = da W_ih. The gradients of rows of different lengths lie next to one another.
 template <class Op, class T = typename Op::Storage>
-void products(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
-  const int64_t H = a.H, I = a.I, N = schedule.tokens(), copied = schedule.ragged() ? N * I : 0;
-  const Buffer<T> x(copied), h(N * H), grad_x(copied);
-  if (schedule.ragged()) gather<T>(schedule, a.input, a.B, I, false, nullptr, x.data());
-  gather<T>(schedule, a.output, a.B, H, true, a.h_0, h.data());
-  const Matrix<T> da = row_major<T>(a.grad_gates, 4 * H), da_t = transposed<T>(a.grad_gates, 4 * H);
-  const Matrix<T> inputs = row_major<T>(schedule.ragged() ? x.data() : a.input, I);
-  T* grad_input = schedule.ragged() ? grad_x.data() : a.grad_input;
-  gemm<Op>(4 * H, I, N, da_t, inputs, a.grad_weight_ih, I, false, parallel);
-  gemm<Op>(4 * H, H, N, da_t, row_major<T>(h.data(), H), a.grad_weight_hh, H, false, parallel);
-  gemm<Op>(N, I, 4 * H, da, row_major(a.weight_ih, I), grad_input, I, false, parallel);
+void input_product(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
+  const int64_t H = a.H, I = a.I, N = schedule.tokens();
+  const Buffer<T> tokens(schedule.ragged() ? N * I : 0);
+  T* to = schedule.ragged() ? tokens.data() : a.grad_input;
+  gemm<Op>(N, I, 4 * H, row_major<T>(a.grad_gates, 4 * H), row_major(a.weight_ih, I), to, I, false, parallel);
   if (!schedule.ragged()) return;
   copy_or_zero<T>(a.grad_input, nullptr, a.steps * a.B * I);
   for (int64_t t = 0; t < a.steps; ++t) {
     for (int64_t i = 0; i < schedule.active(t); ++i) {
-      copy_or_zero(a.grad_input + (t * a.B + schedule.row(i)) * I, grad_x.data() + (schedule.first(t) + i) * I, I);
+      copy_or_zero(a.grad_input + (t * a.B + schedule.row(i)) * I, tokens.data() + (schedule.first(t) + i) * I, I);
     }
   }
+}
+
+// dW_ih = da^T x, dW_hh = da^T h_{t-1}.
+template <class Op, class T = typename Op::Storage>
+void weight_products(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
+  const int64_t H = a.H, I = a.I, N = schedule.tokens();
+  const Matrix<T> da = transposed<T>(a.grad_gates, 4 * H);
+  const Buffer<T> x(schedule.ragged() ? N * I : 0), h(N * H);
+  if (schedule.ragged()) gather<T>(schedule, a.input, a.B, I, false, nullptr, x.data());
+  gather<T>(schedule, a.output, a.B, H, true, a.h_0, h.data());
+  const T* inputs = schedule.ragged() ? x.data() : a.input;
+  gemm<Op>(4 * H, I, N, da, row_major(inputs, I), a.grad_weight_ih, I, false, parallel);
+  gemm<Op>(4 * H, H, N, da, row_major<T>(h.data(), H), a.grad_weight_hh, H, false, parallel);
 }
 
 }  // namespace

@@ -133,14 +133,14 @@ struct Gates {
 template <class Op>
 struct PackedWeights {
   const Word<Op>* words;
-  int64_t I, H;
+  int64_t I, H, P;
 
-  static int64_t size(int64_t I, int64_t H) {
-    return panels_of<Op>(H) * (Gates<Op>::panel_words(I) + Gates<Op>::panel_words(H));
+  static int64_t size(int64_t I, int64_t H, int64_t P) {
+    return panels_of<Op>(H) * (Gates<Op>::panel_words(I) + Gates<Op>::panel_words(P));
   }
   const Word<Op>* input(int64_t panel) const { return words + panel * Gates<Op>::panel_words(I); }
   const Word<Op>* hidden(int64_t panel) const {
-    return words + panels_of<Op>(H) * Gates<Op>::panel_words(I) + panel * Gates<Op>::panel_words(H);
+    return words + panels_of<Op>(H) * Gates<Op>::panel_words(I) + panel * Gates<Op>::panel_words(P);
   }
 };
 
