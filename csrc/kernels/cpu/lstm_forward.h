@@ -14,6 +14,9 @@ namespace {
 // Rows of the input whose products are made in one go: enough that reading the weights costs less than using them.
 constexpr int64_t kInputRows = 48;
 
+// Rows and panels whose gates are computed in one go: the latency of one is hidden by the next.
+constexpr int64_t kFinishRows = 16;
+
 // Multiplications and additions worth waking another thread for.
 constexpr int64_t kTeamFlops = 1 << 18;
 
@@ -77,7 +80,8 @@ struct Forward {
   void run(const Share& share) const;
   void begin_rows(const Share& share, int64_t step, typename Op::Shared* to) const;
   int64_t multiply_inputs(const Share& share, int64_t step, int64_t steps, Word<Op>* tiles, S* sums) const;
-  void finish_row(int64_t panel, int64_t i, int64_t t, const S* sums, typename Op::Shared* after) const;
+  void finish_row(int64_t panel, int64_t i, int64_t t, const S* from_input, const S* from_hidden,
+                  typename Op::Shared* after) const;
 };
 
 // h_0 of the rows whose first step this is, the share's units.
@@ -108,14 +112,15 @@ int64_t Forward<Op>::multiply_inputs(const Share& share, int64_t step, int64_t s
   return rows;
 }
 
-// From the finished sums of a row and panel to its gates, cell and output.
+// From the products of a row and panel to its gates, cell and output.
 template <class Op>
-void Forward<Op>::finish_row(int64_t panel, int64_t i, int64_t t, const S* sums, typename Op::Shared* after) const {
+void Forward<Op>::finish_row(int64_t panel, int64_t i, int64_t t, const S* from_input, const S* from_hidden,
+                             typename Op::Shared* after) const {
   const int64_t H = a.H, first = panel * kUnits<Op>, n = units(panel);
   const int64_t row = schedule.row(i), state = row * H + first, at = (t * a.B + row) * H + first;
   Vec<S> gate[4];
   for (int g = 0; g < 4; ++g) {
-    gate[g] = load(sums + g * kUnits<Op>);
+    gate[g] = load(from_input + g * kUnits<Op>) + load(from_hidden + g * kUnits<Op>);
     if (a.bias_ih != nullptr) {
       gate[g] += load_wide(a.bias_ih + g * H + first, n) + load_wide(a.bias_hh + g * H + first, n);
     }
@@ -137,22 +142,32 @@ void Forward<Op>::run(const Share& share) const {
   const int64_t panels = share.end - share.begin, steps = schedule.steps();
   const int64_t most = (kInputRows + a.B - 1) / a.B, together = most < steps ? most : steps;
   Word<Op>* input_tiles = scratch<Word<Op>>(Slot::kPackedA, Gates<Op>::tile_words(together * a.B, a.I));
-  S* sums = scratch<S>(Slot::kPackedB, together * panels * a.B * kGatesWidth<Op>);
-  int64_t rows = 0, row = 0;  // whose inputs are multiplied; the first of this step
+  const int64_t group = kFinishRows / a.B + 1;  // panels whose gates follow their products
+  S* from_inputs = scratch<S>(Slot::kPackedB, (together * panels + group) * a.B * kGatesWidth<Op>);
+  S* from_hidden = from_inputs + together * panels * a.B * kGatesWidth<Op>;
+  int64_t rows = 0, row = 0;  // of the steps whose inputs are multiplied; the first of this step
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t left = steps - step, t = schedule.time(step), active = schedule.active(t);
     if (step % together == 0) {
-      rows = multiply_inputs(share, step, left < together ? left : together, input_tiles, sums);
+      rows = multiply_inputs(share, step, left < together ? left : together, input_tiles, from_inputs);
       row = 0;
     }
     typename Op::Shared *before = hidden[step % 2], *after = hidden[(step + 1) % 2];
     begin_rows(share, step, before);
     share.barrier.wait();  // h is complete, and nobody reads the one before any more
-    const Word<Op>* tiles = Gates<Op>::tiles(before, active, a.H);
-    for (int64_t p = share.begin; p < share.end; ++p) {
-      S* of_panel = sums + ((p - share.begin) * rows + row) * kGatesWidth<Op>;
-      Gates<Op>::multiply(active, a.B, a.H, tiles, weights.hidden(p), of_panel, true);
-      for (int64_t i = 0; i < active; ++i) finish_row(p, i, t, of_panel + i * kGatesWidth<Op>, after);
+    const Word<Op>* tiles = Gates<Op>::tiles(before, active, a.P);
+    for (int64_t first = share.begin; first < share.end; first += group) {
+      const int64_t last = first + group < share.end ? first + group : share.end;
+      for (int64_t p = first; p < last; ++p) {
+        Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p),
+                            from_hidden + (p - first) * a.B * kGatesWidth<Op>, false);
+      }
+      for (int64_t p = first; p < last; ++p) {
+        for (int64_t i = 0; i < active; ++i) {
+          finish_row(p, i, t, from_inputs + ((p - share.begin) * rows + row + i) * kGatesWidth<Op>,
+                     from_hidden + ((p - first) * a.B + i) * kGatesWidth<Op>, after);
+        }
+      }
     }
     row += active;
   }
