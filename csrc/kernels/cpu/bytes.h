@@ -22,12 +22,13 @@ struct Bytes {
   using Sum = float;
   using Word = int32_t;  // four weights, or four halves of activations
   using Shared = float;  // h: its scale is known when all of it is there
+  using Projection = Wide<float>;
   static constexpr int kTerms = 4;
   // Beyond, a sum of products might not fit into 32 bits.
   static constexpr int64_t kMostTerms = 1 << 16;
 };
 
-// Named to the assembler for the reasons that Pairs gives, and behind has_vnni().
+// Named to the assembler for the reasons that Bf16Pairs gives, and behind has_vnni().
 inline IntVec multiply_add_bytes(IntVec unsigned_bytes, IntVec signed_bytes, IntVec sum) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
   return sum;
@@ -63,13 +64,13 @@ void multiply_bytes(int64_t K, const int32_t* tiles, const int32_t* panel, float
   constexpr int lanes = kLanes<float>;
   const int64_t words = words_of<Bytes>(K), half = ByteRow::half(K), size = ByteRow::size(K);
   const int32_t* activations = tiles + ByteRow::kHeader;
-  const int32_t *offsets = panel, *scales = panel + kGatesWidth<Bytes>;
+  const int32_t *offsets = panel, *scales = panel + kGatesWidth<float>;
   IntVec high[rows][4], low[rows][4] = {};
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < 4; ++j) high[i][j] = load(offsets + j * lanes);
   }
-  panel += 2 * kGatesWidth<Bytes>;
-  for (int64_t k = 0; k < words; ++k, panel += kGatesWidth<Bytes>) {
+  panel += 2 * kGatesWidth<float>;
+  for (int64_t k = 0; k < words; ++k, panel += kGatesWidth<float>) {
     IntVec b[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) b[j] = load(panel + j * lanes);
@@ -101,7 +102,7 @@ struct Gates<Bytes> {
 
   static int64_t tile_words(int64_t M, int64_t K) { return M * ByteRow::size(K); }
   // -128 times the sum of a row's weights, the row's scale, and the weights.
-  static int64_t panel_words(int64_t K) { return (2 + words_of<Bytes>(K)) * kGatesWidth<Bytes>; }
+  static int64_t panel_words(int64_t K) { return (2 + words_of<Bytes>(K)) * kGatesWidth<float>; }
 
   static void fill(const float* from, int64_t row, int64_t, int64_t K, int32_t* tiles) {
     ByteRow::fill(from, K, tiles + row * ByteRow::size(K));
@@ -119,7 +120,7 @@ struct Gates<Bytes> {
   static void multiply(int64_t M, int64_t, int64_t K, const int32_t* tiles, const int32_t* panel, float* c,
                        bool accumulate) {
     const int64_t size = ByteRow::size(K);
-    for (; M >= kRows; M -= kRows, tiles += kRows * size, c += kRows * kGatesWidth<Bytes>) {
+    for (; M >= kRows; M -= kRows, tiles += kRows * size, c += kRows * kGatesWidth<float>) {
       multiply_bytes<kRows>(K, tiles, panel, c, accumulate);
     }
     if (M == 2) multiply_bytes<2>(K, tiles, panel, c, accumulate);
@@ -127,19 +128,19 @@ struct Gates<Bytes> {
   }
 
   static void pack(const float* weight, int64_t K, int64_t H, int64_t first, bool, int32_t* panel) {
-    const int64_t units = H - first < kUnits<Bytes> ? H - first : kUnits<Bytes>;
+    const int64_t units = H - first < kUnits<float> ? H - first : kUnits<float>;
     const int64_t words = words_of<Bytes>(K);
     memset(panel, 0, static_cast<size_t>(panel_words(K)) * sizeof(int32_t));
     const Buffer<int8_t> row(words * Bytes::kTerms);
     memset(row.data(), 0, static_cast<size_t>(words * Bytes::kTerms));
     for (int64_t gate = 0; gate < 4; ++gate) {
       for (int64_t unit = 0; unit < units; ++unit) {
-        int32_t* to = panel + gate * kUnits<Bytes> + unit;
+        int32_t* to = panel + gate * kUnits<float> + unit;
         const float scale = quantise_weights(weight + (gate * H + first + unit) * K, K, row.data());
-        memcpy(to + kGatesWidth<Bytes>, &scale, sizeof scale);
+        memcpy(to + kGatesWidth<float>, &scale, sizeof scale);
         for (int64_t k = 0; k < K; ++k) to[0] -= 128 * row[k];
         for (int64_t k = 0; k < words; ++k) {
-          memcpy(to + (2 + k) * kGatesWidth<Bytes>, row.data() + k * Bytes::kTerms, sizeof(int32_t));
+          memcpy(to + (2 + k) * kGatesWidth<float>, row.data() + k * Bytes::kTerms, sizeof(int32_t));
         }
       }
     }

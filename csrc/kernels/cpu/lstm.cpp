@@ -12,6 +12,7 @@
 #include "kernels/cpu/bytes.h"
 #include "kernels/cpu/lstm_backward.h"
 #include "kernels/cpu/lstm_forward.h"
+#include "kernels/cpu/lstm_products.h"
 #include "kernels/run.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
@@ -23,7 +24,7 @@ template <class T, class F>
 void with_operand(const F& f) {
 #ifdef __AVX512F__
   if constexpr (std::is_same_v<T, bfloat16>) {
-    if (has_bf16()) return f(Pairs{});
+    if (has_bf16()) return f(Bf16Pairs{});
   }
 #endif
   f(Wide<T>{});
@@ -60,35 +61,53 @@ void pack(const LstmPack<T>& a, const Parallel& parallel) {
   const LstmPackHeader header = header_of<Op>(a.quantised, a.I, a.H, a.P);
   memcpy(a.packed, &header, sizeof header);
   const PackedWeights<Op> weights = weights_in<Op>(a.packed, a.I, a.H, a.P);
-  const int64_t grain = (1 << 15) / ((a.I + a.P) * kGatesWidth<Op>)+1;
-  parallel(panels_of<Op>(a.H), grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = (1 << 15) / ((a.I + a.P) * kGatesWidth<Sum<Op>>)+1;
+  parallel(panels_of<Sum<Op>>(a.H), grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      Gates<Op>::pack(a.weight_ih, a.I, a.H, p * kUnits<Op>, a.quantised, const_cast<Word<Op>*>(weights.input(p)));
-      Gates<Op>::pack(a.weight_hh, a.P, a.H, p * kUnits<Op>, a.quantised, const_cast<Word<Op>*>(weights.hidden(p)));
+      Gates<Op>::pack(a.weight_ih, a.I, a.H, p * kUnits<Sum<Op>>, a.quantised, const_cast<Word<Op>*>(weights.input(p)));
+      Gates<Op>::pack(a.weight_hh, a.P, a.H, p * kUnits<Sum<Op>>, a.quantised,
+                      const_cast<Word<Op>*>(weights.hidden(p)));
     }
   });
 }
 
-template <class Op, class T>
+template <class Op>
+void clear_tiles(Word<Op>* tiles, int64_t rows, int64_t K) {
+  copy_or_zero<Word<Op>>(tiles, nullptr, rows * words_of<Op>(K));
+}
+
+template <class Op, class T = typename Op::Storage>
 void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& parallel) {
-  const Running<T> cell(Slot::kCell, a.c_n, a.c_0, a.B * a.H);
-  if (schedule.tokens() > 0) {
-    const LstmPackHeader expected = header_of<Op>(a.quantised, a.I, a.H, a.P);
-    const void* packed = a.packed;
-    if (packed == nullptr || memcmp(packed, &expected, sizeof expected) != 0) {
-      void* own = scratch<char>(Slot::kKernel, packed_bytes<Op>(a.I, a.H, a.P));
-      pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, a.quantised, own, a.I, a.H, a.P}, parallel);
-      packed = own;
-    }
-    using Shared = typename Op::Shared;
-    const int64_t elements = round_up(a.B * round_up(a.H, Op::kTerms), kLanes<float>);
-    Shared* hidden = scratch<Shared>(Slot::kHidden, 2 * elements);
-    if (schedule.ragged()) copy_or_zero<Shared>(hidden, nullptr, 2 * elements);  // tiles are multiplied whole
-    const Forward<Op> layer = {
-        a, schedule, weights_in<Op>(packed, a.I, a.H, a.P), {hidden, hidden + elements}, cell.values()};
-    const bool worth_it = schedule.tokens() * a.H * (a.I + a.H) * 8 >= kTeamFlops;
-    run_team(parallel, panels_of<Op>(a.H), worth_it, [&](const Share& share) { layer.run(share); });
+  using S = Sum<Op>;
+  using Projection = typename Op::Projection;
+  const bool projects = a.variant.weight_hr != nullptr;
+  const LstmPackHeader expected = header_of<Op>(a.quantised, a.I, a.H, a.P);
+  const void* packed = a.packed;
+  if (packed == nullptr || memcmp(packed, &expected, sizeof expected) != 0) {
+    void* own = scratch<char>(Slot::kKernel, packed_bytes<Op>(a.I, a.H, a.P));
+    pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, a.quantised, own, a.I, a.H, a.P}, parallel);
+    packed = own;
   }
+  const int64_t shared = a.B * round_up(a.P, Op::kTerms);
+  const auto [before, after] = carve<typename Op::Shared>(Slot::kHidden, {shared, shared});
+  const auto [packed_hr, unprojected] = carve<Word<Projection>>(
+      Slot::kProjection, {projects ? panels_of<S>(a.P) * words_of<Projection>(a.H) * kUnits<S> : 0,
+                          projects ? a.B * words_of<Projection>(a.H) : 0});
+  const int64_t pairs = a.variant.norm_gates != nullptr ? 2 * panels_of<S>(a.H) * a.B : 0;
+  const int64_t together = Forward<Op>::steps_together(a.B, schedule.steps());
+  const auto [of_inputs, of_hidden, of_cells] = carve<S>(Slot::kMoments, {together * pairs, pairs, pairs});
+  if (projects) pack_rows<Projection>(a.variant.weight_hr, a.P, a.H, packed_hr);
+  if (schedule.ragged()) {  // tiles are multiplied whole
+    copy_or_zero<typename Op::Shared>(before, nullptr, shared);
+    copy_or_zero<typename Op::Shared>(after, nullptr, shared);
+    if (projects) clear_tiles<Projection>(unprojected, a.B, a.H);
+  }
+  const Running<T> cell(Slot::kCell, a.c_n, a.c_0, a.B * a.H);
+  const Forward<Op> layer = {
+      a,           schedule,      weights_in<Op>(packed, a.I, a.H, a.P), {before, after},  packed_hr,
+      unprojected, cell.values(), {of_inputs, together * a.B},           {of_hidden, a.B}, {of_cells, a.B}};
+  const bool worth_it = schedule.tokens() * a.H * (a.I + a.P) * 8 >= kTeamFlops;
+  run_team(parallel, panels_of<S>(a.H), worth_it, [&](const Share& share) { layer.run(share); });
   cell.finish();
 }
 
@@ -105,22 +124,88 @@ void execute(const LstmPack<T>& a, const Parallel& parallel) {
 template <class T>
 void execute(const LstmForward<T>& a, const Parallel& parallel) {
   const Schedule schedule(a.steps, a.B, a.lengths, a.reverse);
-  copy_or_zero(a.h_n, a.h_0, a.B * a.H);  // of rows without a step
+  copy_or_zero(a.h_n, a.h_0, a.B * a.P);  // of rows without a step
+  copy_or_zero(a.c_n, a.c_0, a.B * a.H);
   if (schedule.ragged()) clear(a);
+  if (schedule.tokens() == 0) return;
   with_operand<T>(a.quantised, a.I, a.P, [&](auto op) { forward<decltype(op)>(a, schedule, parallel); });
 }
 
+// grad_gates of every token, and the gradients of the initial states.
+template <class Op, class T = typename Op::Storage>
+void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, const BackwardState<T>& state,
+                           double* norm_cell, const Parallel& parallel) {
+  using S = Sum<Op>;
+  const bool projects = a.variant.weight_hr != nullptr, norm = a.variant.norm_gates != nullptr;
+  const int64_t panels = panels_of<S>(a.H), gates = a.B * 4 * words_of<Op>(a.H), pairs = norm ? 2 * panels * a.B : 0;
+  const auto [packed, packed_hr, before, after, dh] =
+      carve<Word<Op>>(Slot::kKernel, {panels_of<S>(a.P) * 4 * words_of<Op>(a.H) * kUnits<S>,
+                                      projects ? panels * words_of<Op>(a.P) * kUnits<S> : 0, gates, gates,
+                                      projects ? a.B * words_of<Op>(a.P) : 0});
+  const auto [of_cells, of_gates] = carve<S>(Slot::kMoments, {pairs, pairs});
+  if (schedule.ragged()) {  // tiles are multiplied whole
+    copy_or_zero<Word<Op>>(before, nullptr, gates);
+    copy_or_zero<Word<Op>>(after, nullptr, gates);
+    if (projects) clear_tiles<Op>(dh, a.B, a.P);
+  }
+  const Running<T> grad_h(Slot::kHidden, a.grad_h_0, a.grad_h_n, a.B * a.P);
+  const Running<T> grad_c(Slot::kCell, a.grad_c_0, a.grad_c_n, a.B * a.H);
+  const Backward<Op> backward = {
+      a,  schedule,        state,           packed,          packed_hr,       {before, after},
+      dh, grad_h.values(), grad_c.values(), {of_cells, a.B}, {of_gates, a.B}, norm_cell};
+  const bool worth_it = schedule.tokens() * a.H * a.P * 8 >= kTeamFlops;
+  run_team(parallel, panels, worth_it, [&](const Share& share) { backward.run(share); });
+  grad_h.finish();
+  grad_c.finish();
+}
+
 template <class T>
-void execute(const LstmBackward<T>& given, const Parallel& parallel) {
-  LstmBackward<T> a = given;
-  if (a.grad_gates == nullptr) a.grad_gates = scratch<T>(Slot::kGates, a.steps * a.B * 4 * a.H);
+void copy_narrowed(T* to, const Buffer<double>& from, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) to[j] = narrow<T>(static_cast<Widened<T>>(from[j]));
+}
+
+template <class Op, class T = typename Op::Storage>
+void backward(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
+  using S = Sum<Op>;
+  const Tokens<T> tokens(a, schedule);
+  const bool projects = a.variant.weight_hr != nullptr, norm = a.variant.norm_gates != nullptr;
+  const bool recompute = a.gates == nullptr;
+  const int64_t N = tokens.count(), width = 4 * a.H;
+  const auto [own_gates, grad_hidden, unprojected, grad_projected, normalized] =
+      carve<T>(Slot::kGates, {a.grad_gates == nullptr ? N * width : 0, norm ? N * width : 0, projects ? N * a.H : 0,
+                              projects ? N * a.P : 0, recompute && norm ? 2 * N * width : 0});
+  S* scales = scratch<S>(Slot::kScales, recompute && norm ? 4 * N : 0);
+  T* grad_gates = a.grad_gates == nullptr ? own_gates : a.grad_gates;
+  const BackwardState<T> state = {recompute ? grad_gates : a.gates,
+                                  recompute ? normalized : a.normalized,
+                                  recompute ? scales : a.scales,
+                                  recompute,
+                                  grad_gates,
+                                  grad_hidden,
+                                  unprojected,
+                                  grad_projected};
+  const Buffer<double> norm_cell(norm ? 2 * a.H : 0);
+  for (int64_t j = 0; norm && j < 2 * a.H; ++j) norm_cell[j] = 0;
+  if (recompute) Recomputation<Op>{a, schedule, grad_gates, normalized, scales}.run(tokens, parallel);
+  if (N > 0) backward_through_time<Op>(a, schedule, state, norm_cell.data(), parallel);
+  if (a.grad_bias != nullptr) sum_rows(N, width, grad_gates, a.grad_bias, false, parallel);
+  if (a.grad_norm_gates != nullptr) {
+    gain_gradients(a, schedule, state, parallel);
+    copy_narrowed(a.grad_norm_cell, norm_cell, 2 * a.H);
+  }
+  if (norm) normalized_input_gradients(a, schedule, state, parallel);
+  input_gradient<Op>(a, schedule, grad_gates, parallel);
+  if (a.grad_weight_ih != nullptr) {
+    weight_gradients<Op>(a, tokens, state, grad_gates, norm ? grad_hidden : grad_gates, parallel);
+  }
+}
+
+template <class T>
+void execute(const LstmBackward<T>& a, const Parallel& parallel) {
   const Schedule schedule(a.steps, a.B, a.lengths, a.reverse);
-  with_operand<T>([&](auto op) {
-    backward_through_time<decltype(op)>(a, schedule, parallel);
-    input_product<decltype(op)>(a, schedule, parallel);
-    if (a.grad_weight_ih != nullptr) weight_products<decltype(op)>(a, schedule, parallel);
-  });
-  if (a.grad_bias != nullptr) sum_rows(schedule.tokens(), 4 * a.H, a.grad_gates, a.grad_bias, false, parallel);
+  copy_or_zero(a.grad_h_0, a.grad_h_n, a.B * a.P);  // where no step runs
+  copy_or_zero(a.grad_c_0, a.grad_c_n, a.B * a.H);
+  with_operand<T>([&](auto op) { backward<decltype(op)>(a, schedule, parallel); });
 }
 
 }  // namespace

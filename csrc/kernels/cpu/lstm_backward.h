@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The steps of one LSTM layer, backward, and the products over all of them.
+// The steps of one LSTM layer, backward.
 #pragma once
 
 #include "kernels/cpu/lstm_forward.h"
@@ -8,6 +8,24 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
+// What a backward pass works with beside its arguments: the gates, saved or computed again, and what it leaves for the
+// products over all steps. Tokens are rows [first(t) + i] of the schedule.
+template <class T>
+struct BackwardState {
+  const T* gates;            // [T, B, 4H], or [tokens, 4H] if they were computed again
+  const T* normalized;       // [2, T, B, 4H] or [2, tokens, 4H]
+  const Widened<T>* scales;  // [T, B, 4] or [tokens, 4]
+  bool by_token;             // computed again
+  T* grad_gates;             // [tokens, 4H]: da; may be `gates` itself, if by_token
+  T* grad_hidden;            // [tokens, 4H]: the gradient of W_hh h_{t-1}, with layer norm
+  T* unprojected;            // [tokens, H]: o * tanh(c), with a projection
+  T* grad_projected;         // [tokens, P]: the gradient of W_hr (o * tanh(c))
+
+  int64_t saved_row(const Schedule& schedule, int64_t B, int64_t t, int64_t i) const {
+    return by_token ? schedule.first(t) + i : t * B + schedule.row(i);
+  }
+};
+
 template <class Op>
 struct Backward {
   using T = typename Op::Storage;
@@ -15,148 +33,291 @@ struct Backward {
 
   const LstmBackward<T>& a;
   const Schedule& schedule;
-  Word<Op>* packed;       // [panels][words of 4 gates][kUnits]: the recurrent weights
-  Word<Op>* da_tiles[2];  // [B, 4H] in tiles: da of the step before, and of this step
-  S *grad_h, *grad_c;     // [B, H]: the running dh and dc
+  const BackwardState<T>& state;
+  Word<Op>* packed;       // [panels of P][words of 4 gates][kUnits]: the recurrent weights
+  Word<Op>* packed_hr;    // [panels][words of P][kUnits]
+  Word<Op>* da_tiles[2];  // [B, 4H] in tiles: the gradient of W_hh h of the step before, and of this step
+  Word<Op>* dh_tiles;     // [B, P] in tiles: that of W_hr (o * tanh(c)) of this step
+  S *grad_h, *grad_c;     // [B, P], [B, H]: the running dh and dc
+  Pairs<S> cell_products, gate_products;
+  double* norm_cell;  // [2, H]: gradients of gain and bias of the cell's layer norm
 
-  int64_t units(int64_t panel) const {
-    return a.H - panel * kUnits<Op> < kUnits<Op> ? a.H - panel * kUnits<Op> : kUnits<Op>;
-  }
+  // What a worker keeps, for its panels.
+  struct Work {
+    const Share& share;
+    S* dh;      // [B][kUnits]: of one panel
+    S* hidden;  // [panels][B][kUnits]: the gradient of o * tanh(c); with layer norm, then that of normalised c
+    S* gates;   // [panels][B][kGatesWidth]: da, with layer norm
+
+    S* hidden_row(int64_t panel, int64_t i, int64_t B) const {
+      return hidden + ((panel - share.begin) * B + i) * kUnits<S>;
+    }
+    S* gates_row(int64_t panel, int64_t i, int64_t B) const {
+      return gates + ((panel - share.begin) * B + i) * kGatesWidth<S>;
+    }
+  };
+  struct Token {
+    int64_t t, i, row, saved;  // `saved`: its row of gates, normalized and scales
+  };
+  // Gradients of a panel of one token on their way from h to the gates.
+  struct Unit {
+    Vec<S> dc, da_output;
+  };
+
   // Each gate begins with a new word.
   int64_t gate_words() const { return words_of<Op>(a.H); }
-  Word<Op>* panel_weights(int64_t panel) const { return packed + panel * 4 * gate_words() * kUnits<Op>; }
+  int64_t panel_words() const { return 4 * gate_words() * kUnits<S>; }
+  int64_t projection_words() const { return words_of<Op>(a.P) * kUnits<S>; }
+  bool norm() const { return a.variant.norm_gates != nullptr; }
+  bool projects() const { return a.variant.weight_hr != nullptr; }
+  Token token(int64_t t, int64_t i) const { return {t, i, schedule.row(i), state.saved_row(schedule, a.B, t, i)}; }
+  Vec<S> gate(const Token& at, int g, int64_t panel) const {
+    return load_wide(state.gates + (at.saved * 4 + g) * a.H + panel * kUnits<S>, units_of<S>(panel, a.H));
+  }
+  Vec<S> normalized(const Token& at, int which, int g, int64_t panel) const {
+    const int64_t rows = state.by_token ? schedule.tokens() : a.steps * a.B;
+    return load_wide(state.normalized + ((which * rows + at.saved) * 4 + g) * a.H + panel * kUnits<S>,
+                     units_of<S>(panel, a.H));
+  }
 
-  void pack(int64_t panel) const;
   void run(const Share& share) const;
-  void carry(int64_t panel, int64_t t, const Word<Op>* above, S* dh) const;
-  void finish_row(int64_t panel, int64_t i, int64_t t, Word<Op>* after) const;
+  Work work(const Share& share) const;
+  void pack(const Share& share) const;
+  void carry(const Work& work, int64_t panel, int64_t t, const Word<Op>* above) const;
+  void hidden_gradient(const Work& work, int64_t panel, int64_t t) const;
+  void unproject(const Work& work, int64_t t) const;
+  void run_step(const Work& work, int64_t t, Word<Op>* after) const;
+  void run_normalized_step(const Work& work, int64_t t, Word<Op>* after) const;
+  void normalized_cell(const Work& work, int64_t panel, const Token& at, double* gains) const;
+  Vec<S> previous_cell(const Token& at, int64_t panel) const;
+  Vec<S> new_cell(const Token& at, int64_t panel, Vec<S> before) const;
+  Unit output_gradient(const Token& at, int64_t panel, Vec<S> hidden) const;
+  void gate_gradients(const Token& at, int64_t panel, const Unit& unit, Vec<S> (&da)[4]) const;
+  void hand_down(const Token& at, int64_t panel, const Vec<S> (&da)[4], Word<Op>* after) const;
 };
 
 template <class Op>
-void Backward<Op>::pack(int64_t panel) const {
-  const int64_t H = a.H, first = panel * kUnits<Op>, n = units(panel);
-  Word<Op>* to = panel_weights(panel);
-  if (n < kUnits<Op>) copy_or_zero<Word<Op>>(to, nullptr, 4 * gate_words() * kUnits<Op>);  // units beyond H
-  for (int64_t g = 0; g < 4; ++g) {
-    for (int64_t k = 0; k < H; k += Op::kTerms, to += kUnits<Op>) {
-      Op::line(a.weight_hh + (g * H + k) * H + first, H, H - k, n, to);
+typename Backward<Op>::Work Backward<Op>::work(const Share& share) const {
+  const int64_t size = (share.end - share.begin) * a.B * kUnits<S>;
+  const auto [dh, hidden, gates] =
+      carve<S>(Slot::kPackedA, {round_up(a.B, kBackwardRows) * kUnits<S>, size, norm() ? 4 * size : 0});
+  return {share, dh, hidden, gates};
+}
+
+template <class Op>
+void Backward<Op>::pack(const Share& share) const {
+  const Share mine = projected<S>(share, a.H, a.P);
+  for (int64_t p = mine.begin; p < mine.end; ++p) {
+    for (int64_t g = 0; g < 4; ++g) {
+      pack_columns_of_panel<Op>(a.weight_hh + g * a.H * a.P, a.P, a.H, p,
+                                packed + p * panel_words() + g * gate_words() * kUnits<S>);
     }
+  }
+  for (int64_t p = share.begin; projects() && p < share.end; ++p) {
+    pack_columns_of_panel<Op>(a.variant.weight_hr, a.H, a.P, p, packed_hr + p * projection_words());
   }
 }
 
 // dh = da W_hh of the step before t, for the rows that ran at t.
 template <class Op>
-void Backward<Op>::carry(int64_t panel, int64_t t, const Word<Op>* above, S* dh) const {
-  const int64_t active = schedule.active(t);
-  multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, panel_weights(panel), dh, false);
+void Backward<Op>::carry(const Work& work, int64_t panel, int64_t t, const Word<Op>* above) const {
+  const int64_t active = schedule.active(t), n = units_of<S>(panel, a.P);
+  multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, packed + panel * panel_words(), work.dh, false);
   for (int64_t i = 0; i < active; ++i) {
-    store(grad_h + schedule.row(i) * a.H + panel * kUnits<Op>, load(dh + i * kUnits<Op>), units(panel));
+    const int64_t row = schedule.row(i);
+    S* running = grad_h + row * a.P + panel * kUnits<S>;
+    Vec<S> dh = load(work.dh + i * kUnits<S>);
+    if (a.variant.zoneout_h > 0) dh += load(running, n);
+    if (resets(a.variant, t, row, a.B)) dh = Vec<S>{};
+    store(running, dh, n);
   }
 }
 
-// From dh and dc of a step to its gate gradients, and dc of the step before.
+// The gradient of h before zoneout; what zoneout hands past the step stays in the running dh.
 template <class Op>
-void Backward<Op>::finish_row(int64_t panel, int64_t i, int64_t t, Word<Op>* after) const {
-  const int64_t H = a.H, first = panel * kUnits<Op>, n = units(panel), row = schedule.row(i), state = row * H + first;
-  const int64_t at = t * a.B * H + state, at_gates = (t * a.B + row) * 4 * H + first, before = schedule.time_before(t);
-  const Vec<S> c_prev =
-      i < schedule.active(before) ? load(a.cells + before * a.B * H + state, n) : load_wide(a.c_0 + state, n);
-  Vec<S> gate[4];
-  for (int g = 0; g < 4; ++g) gate[g] = load_wide(a.gates + at_gates + g * H, n);
-  Vec<S> dh = load(grad_h + state, n);
-  if (a.grad_output != nullptr) dh += load_wide(a.grad_output + at, n);
-  const Vec<S> tanh_c = tanh(load(a.cells + at, n));
-  Vec<S> dc = fma(dh * gate[3], 1 - tanh_c * tanh_c, load(grad_c + state, n));
-  if (a.grad_cells != nullptr) dc += load(a.grad_cells + at, n);
-  const Vec<S> da[4] = {dc * gate[2] * gate[0] * (1 - gate[0]), dc * c_prev * gate[1] * (1 - gate[1]),
-                        dc * gate[0] * (1 - gate[2] * gate[2]), dh * tanh_c * gate[3] * (1 - gate[3])};
-  store(grad_c + state, dc * gate[1], n);
-  for (int g = 0; g < 4; ++g) {
-    T* to = a.grad_gates + (schedule.first(t) + i) * 4 * H + g * H + first;
-    store_narrow(to, da[g], n);
-    fill_row<Op, kBackwardRows>(to, n, i, g * gate_words() + first / Op::kTerms, a.B, 4 * gate_words(), after);
+void Backward<Op>::hidden_gradient(const Work& work, int64_t panel, int64_t t) const {
+  const int64_t first = panel * kUnits<S>, n = units_of<S>(panel, a.P);
+  for (int64_t i = 0; i < schedule.active(t); ++i) {
+    const int64_t row = schedule.row(i), token = t * a.B + row;
+    S* running = grad_h + row * a.P + first;
+    Vec<S> dh = load(running, n);
+    if (a.grad_output != nullptr) dh += load_wide(a.grad_output + token * a.P + first, n);
+    if (a.variant.zoneout_h > 0) {
+      const Vec<S> z = zoneout(a.variant, Purpose::kZoneoutHidden, a.variant.zoneout_h, token, a.P, first);
+      store(running, z * dh, n);
+      dh = (1 - z) * dh;
+    }
+    if (projects()) {
+      store_narrow(state.grad_projected + (schedule.first(t) + i) * a.P + first, dh, n);
+      scatter<Op, kBackwardRows>(dh, n, dh_tiles, i, first / Op::kTerms, a.B, words_of<Op>(a.P));
+    } else {
+      store(work.hidden_row(panel, i, a.B), dh);
+    }
+  }
+}
+
+// From the gradient of h = W_hr r to that of r = o * tanh(c).
+template <class Op>
+void Backward<Op>::unproject(const Work& work, int64_t t) const {
+  for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+    multiply<Op, kBackwardRows, 1>(schedule.active(t), a.B, words_of<Op>(a.P), dh_tiles,
+                                   packed_hr + p * projection_words(), work.hidden_row(p, 0, a.B), false);
+  }
+}
+
+template <class Op>
+Vec<Sum<Op>> Backward<Op>::previous_cell(const Token& at, int64_t panel) const {
+  const int64_t before = schedule.time_before(at.t), unit = panel * kUnits<S>;
+  if (resets(a.variant, at.t, at.row, a.B)) return Vec<S>{};
+  if (at.i >= schedule.active(before)) return load_wide(a.c_0 + at.row * a.H + unit, units_of<S>(panel, a.H));
+  return load(a.cells + (before * a.B + at.row) * a.H + unit, units_of<S>(panel, a.H));
+}
+
+// The cell before zoneout.
+template <class Op>
+Vec<Sum<Op>> Backward<Op>::new_cell(const Token& at, int64_t panel, Vec<S> before) const {
+  if (a.variant.zoneout_c > 0) return fma(gate(at, 1, panel), before, gate(at, 0, panel) * gate(at, 2, panel));
+  return load(a.cells + (at.t * a.B + at.row) * a.H + panel * kUnits<S>, units_of<S>(panel, a.H));
+}
+
+// From the gradient of o * tanh(c) to what it gives to c and to the output gate before activation.
+template <class Op>
+typename Backward<Op>::Unit Backward<Op>::output_gradient(const Token& at, int64_t panel, Vec<S> hidden) const {
+  const Vec<S> o = gate(at, 3, panel), tanh_c = tanh(new_cell(at, panel, previous_cell(at, panel)));
+  if (projects()) {
+    store_narrow(state.unprojected + (schedule.first(at.t) + at.i) * a.H + panel * kUnits<S>, o * tanh_c,
+                 units_of<S>(panel, a.H));
+  }
+  return {hidden * o * (1 - tanh_c * tanh_c), hidden * tanh_c * o * (1 - o)};
+}
+
+// da of all four gates, and dc of the step before.
+template <class Op>
+void Backward<Op>::gate_gradients(const Token& at, int64_t panel, const Unit& unit, Vec<S> (&da)[4]) const {
+  const int64_t H = a.H, first = panel * kUnits<S>, n = units_of<S>(panel, H), token = at.t * a.B + at.row;
+  const Vec<S> i = gate(at, 0, panel), f = gate(at, 1, panel), g = gate(at, 2, panel),
+               before = previous_cell(at, panel);
+  S* running = grad_c + at.row * H + first;
+  Vec<S> kept = load(running, n), past = {};
+  if (a.grad_cells != nullptr) kept += load(a.grad_cells + token * H + first, n);
+  if (a.variant.zoneout_c > 0) {
+    const Vec<S> z = zoneout(a.variant, Purpose::kZoneoutCell, a.variant.zoneout_c, token, H, first);
+    past = z * kept;
+    kept = (1 - z) * kept;
+  }
+  const Vec<S> dc = kept + unit.dc;
+  da[0] = dc * g * i * (1 - i);
+  da[1] = dc * before * f * (1 - f);
+  da[2] = dc * i * (1 - g * g);
+  da[3] = unit.da_output;
+  store(running, resets(a.variant, at.t, at.row, a.B) ? Vec<S>{} : fma(dc, f, past), n);
+  T* to = state.grad_gates + (schedule.first(at.t) + at.i) * 4 * H + first;
+  for (int j = 0; j < 4; ++j) store_narrow(to + j * H, da[j], n);
+}
+
+// The gradient of W_hh h, into the tiles of the step before.
+template <class Op>
+void Backward<Op>::hand_down(const Token& at, int64_t panel, const Vec<S> (&da)[4], Word<Op>* after) const {
+  for (int j = 0; j < 4; ++j) {
+    scatter<Op, kBackwardRows>(da[j], units_of<S>(panel, a.H), after, at.i,
+                               j * gate_words() + panel * kUnits<S> / Op::kTerms, a.B, 4 * gate_words());
+  }
+}
+
+template <class Op>
+void Backward<Op>::run_step(const Work& work, int64_t t, Word<Op>* after) const {
+  for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+    for (int64_t i = 0; i < schedule.active(t); ++i) {
+      const Token at = token(t, i);
+      Vec<S> da[4];
+      gate_gradients(at, p, output_gradient(at, p, load(work.hidden_row(p, i, a.B))), da);
+      hand_down(at, p, da, after);
+    }
+  }
+}
+
+// The gradient of the normalised cell takes the place of that of o * tanh(...); da of the output gate goes to its own.
+template <class Op>
+void Backward<Op>::normalized_cell(const Work& work, int64_t panel, const Token& at, double* gains) const {
+  const int64_t first = panel * kUnits<S>, n = units_of<S>(panel, a.H);
+  const S* scales = state.scales + at.saved * 4;
+  const Vec<S> o = gate(at, 3, panel), gain = load_wide(a.variant.norm_cell + first, n);
+  const Vec<S> x[1] = {(new_cell(at, panel, previous_cell(at, panel)) - scales[2]) * scales[3]};
+  const Vec<S> tanh_y = tanh(fma(x[0], gain, load_wide(a.variant.norm_cell + a.H + first, n)));
+  const Vec<S> hidden = load(work.hidden_row(panel, at.i, a.B)), dy = hidden * o * (1 - tanh_y * tanh_y);
+  const Vec<S> dx[1] = {dy * gain};
+  if (projects()) store_narrow(state.unprojected + (schedule.first(at.t) + at.i) * a.H + first, o * tanh_y, n);
+  store(work.hidden_row(panel, at.i, a.B), dx[0]);
+  store(work.gates_row(panel, at.i, a.B) + 3 * kUnits<S>, hidden * tanh_y * o * (1 - o));
+  put_products<S>(dx, x, n, cell_products.at(panel, at.i));
+  for (int64_t u = 0; u < n; ++u) {
+    gains[first + u] += static_cast<double>(dy[u] * x[0][u]);
+    gains[a.H + first + u] += static_cast<double>(dy[u]);
+  }
+}
+
+// With layer norm everybody waits for the sums of all panels twice: of the cells, and of the gates.
+template <class Op>
+void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* after) const {
+  const int64_t active = schedule.active(t);
+  for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+    for (int64_t i = 0; i < active; ++i) normalized_cell(work, p, token(t, i), norm_cell);
+  }
+  work.share.barrier.wait();
+  for (int64_t i = 0; i < active; ++i) {
+    const Token at = token(t, i);
+    const S* scales = state.scales + at.saved * 4;
+    const NormGradient<S> cell = norm_gradient_of_row(cell_products, i, a.H, 1, scales[3]);
+    for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+      const int64_t first = p * kUnits<S>, n = units_of<S>(p, a.H);
+      const Vec<S> x = (new_cell(at, p, previous_cell(at, p)) - scales[2]) * scales[3];
+      S* gates = work.gates_row(p, i, a.B);
+      Vec<S> da[4], normal[4];
+      gate_gradients(at, p, {cell.of(load(work.hidden_row(p, i, a.B)), x), load(gates + 3 * kUnits<S>)}, da);
+      for (int g = 0; g < 4; ++g) {
+        da[g] *= load_wide(a.variant.norm_gates + (4 + g) * a.H + first, n);
+        normal[g] = normalized(at, 1, g, p);
+        store(gates + g * kUnits<S>, da[g]);
+      }
+      put_products<S>(da, normal, n, gate_products.at(p, i));
+    }
+  }
+  work.share.barrier.wait();
+  for (int64_t i = 0; i < active; ++i) {
+    const Token at = token(t, i);
+    const NormGradient<S> row = norm_gradient_of_row(gate_products, i, a.H, 4, state.scales[at.saved * 4 + 1]);
+    for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+      const S* gates = work.gates_row(p, i, a.B);
+      T* to = state.grad_hidden + (schedule.first(t) + i) * 4 * a.H + p * kUnits<S>;
+      Vec<S> da[4];
+      for (int g = 0; g < 4; ++g) {
+        da[g] = row.of(load(gates + g * kUnits<S>), normalized(at, 1, g, p));
+        store_narrow(to + g * a.H, da[g], units_of<S>(p, a.H));
+      }
+      hand_down(at, p, da, after);
+    }
   }
 }
 
 template <class Op>
 void Backward<Op>::run(const Share& share) const {
-  S* dh = scratch<S>(Slot::kPackedA, round_up(a.B, kBackwardRows) * kUnits<Op>);
-  for (int64_t p = share.begin; p < share.end; ++p) pack(p);
+  const Work mine = work(share);
+  const Share outputs = projected<S>(share, a.H, a.P);
+  pack(share);
   for (int64_t s = schedule.steps(); s >= 0; --s) {  // s = steps: nothing above the last step; s = 0: only dh of h_0
     share.barrier.wait();                            // da is complete, and nobody reads the one before any more
-    for (int64_t p = share.begin; p < share.end; ++p) {
-      if (s < schedule.steps()) carry(p, schedule.time(s), da_tiles[s % 2], dh);
-      if (s == 0) continue;
-      const int64_t t = schedule.time(s - 1);
-      for (int64_t i = 0; i < schedule.active(t); ++i) finish_row(p, i, t, da_tiles[(s + 1) % 2]);
+    const int64_t t = s > 0 ? schedule.time(s - 1) : -1;
+    for (int64_t p = outputs.begin; p < outputs.end; ++p) {
+      if (s < schedule.steps()) carry(mine, p, schedule.time(s), da_tiles[s % 2]);
+      if (s > 0) hidden_gradient(mine, p, t);
     }
-  }
-}
-
-// grad_gates of every token, and the gradients of the initial states.
-template <class Op, class T = typename Op::Storage>
-void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
-  using S = Sum<Op>;
-  const int64_t panels = panels_of<Op>(a.H), states = a.B * a.H;
-  const int64_t weights = panels * 4 * words_of<Op>(a.H) * kUnits<Op>;
-  const int64_t tiles = round_up(a.B * 4 * words_of<Op>(a.H), kLanes<S>);
-  Word<Op>* memory = scratch<Word<Op>>(Slot::kKernel, weights + 2 * tiles);
-  const Running<T> grad_h(Slot::kHidden, a.grad_h_0, a.grad_h_n, states);
-  const Running<T> grad_c(Slot::kCell, a.grad_c_0, a.grad_c_n, states);
-  if (schedule.ragged()) copy_or_zero<Word<Op>>(memory + weights, nullptr, 2 * tiles);
-  const Backward<Op> backward = {
-      a, schedule, memory, {memory + weights, memory + weights + tiles}, grad_h.values(), grad_c.values()};
-  const bool worth_it = schedule.tokens() * a.H * a.H * 8 >= kTeamFlops;
-  if (schedule.tokens() > 0) {
-    run_team(parallel, panels, worth_it, [&](const Share& share) { backward.run(share); });
-  }
-  grad_h.finish();
-  grad_c.finish();
-}
-
-// [tokens, columns] of steps [T, B, columns], at the time of each token or, if `before`, at the one before it; there
-// `initial` [B, columns] precedes a row's first step.
-template <class T>
-void gather(const Schedule& schedule, const T* steps, int64_t B, int64_t columns, bool before, const T* initial,
-            T* tokens) {
-  for (int64_t t = 0; t < schedule.steps(); ++t) {
-    const int64_t from_time = before ? schedule.time_before(t) : t;
-    for (int64_t i = 0; i < schedule.active(t); ++i) {
-      const int64_t row = schedule.row(i);
-      const bool is_first = before && i >= schedule.active(from_time);
-      const T* from = is_first ? initial + row * columns : steps + (from_time * B + row) * columns;
-      copy_or_zero(tokens + (schedule.first(t) + i) * columns, from, columns);
+    if (s == 0) break;
+    if (projects()) {
+      share.barrier.wait();  // dh is complete
+      unproject(mine, t);
     }
+    norm() ? run_normalized_step(mine, t, da_tiles[(s + 1) % 2]) : run_step(mine, t, da_tiles[(s + 1) % 2]);
   }
-}
-
-// dx = da W_ih. The gradients of rows of different lengths lie next to one another.
-template <class Op, class T = typename Op::Storage>
-void input_product(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
-  const int64_t H = a.H, I = a.I, N = schedule.tokens();
-  const Buffer<T> tokens(schedule.ragged() ? N * I : 0);
-  T* to = schedule.ragged() ? tokens.data() : a.grad_input;
-  gemm<Op>(N, I, 4 * H, row_major<T>(a.grad_gates, 4 * H), row_major(a.weight_ih, I), to, I, false, parallel);
-  if (!schedule.ragged()) return;
-  copy_or_zero<T>(a.grad_input, nullptr, a.steps * a.B * I);
-  for (int64_t t = 0; t < a.steps; ++t) {
-    for (int64_t i = 0; i < schedule.active(t); ++i) {
-      copy_or_zero(a.grad_input + (t * a.B + schedule.row(i)) * I, tokens.data() + (schedule.first(t) + i) * I, I);
-    }
-  }
-}
-
-// dW_ih = da^T x, dW_hh = da^T h_{t-1}.
-template <class Op, class T = typename Op::Storage>
-void weight_products(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
-  const int64_t H = a.H, I = a.I, N = schedule.tokens();
-  const Matrix<T> da = transposed<T>(a.grad_gates, 4 * H);
-  const Buffer<T> x(schedule.ragged() ? N * I : 0), h(N * H);
-  if (schedule.ragged()) gather<T>(schedule, a.input, a.B, I, false, nullptr, x.data());
-  gather<T>(schedule, a.output, a.B, H, true, a.h_0, h.data());
-  const T* inputs = schedule.ragged() ? x.data() : a.input;
-  gemm<Op>(4 * H, I, N, da, row_major(inputs, I), a.grad_weight_ih, I, false, parallel);
-  gemm<Op>(4 * H, H, N, da, row_major<T>(h.data(), H), a.grad_weight_hh, H, false, parallel);
 }
 
 }  // namespace

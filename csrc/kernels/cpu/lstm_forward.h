@@ -2,6 +2,7 @@
 // The steps of one LSTM layer, forward.
 #pragma once
 
+#include "kernels/cpu/lstm_variant.h"
 #include "kernels/cpu/schedule.h"
 #include "kernels/cpu/team.h"
 #include "kernels/cpu/tiles.h"
@@ -62,124 +63,302 @@ class Running {
   int64_t count_;
 };
 
+// A worker's share of the panels of the output: that of the panels of hidden units, without a projection.
+template <class S>
+Share projected(const Share& share, int64_t H, int64_t P) {
+  const int64_t panels = panels_of<S>(H), projected_panels = panels_of<S>(P);
+  return {share.begin * projected_panels / panels, share.end * projected_panels / panels, share.barrier};
+}
+
 template <class Op>
 struct Forward {
   using T = typename Op::Storage;
   using S = Sum<Op>;
+  using Shared = typename Op::Shared;
+  using Projection = typename Op::Projection;
 
   const LstmForward<T>& a;
   const Schedule& schedule;
   PackedWeights<Op> weights;
-  typename Op::Shared* hidden[2];  // [B, H]: h of the step before, and of this step
-  S* cell;                         // [B, H]: the running c
+  Shared* hidden[2];                    // [B, P]: h of the step before, and of this step
+  const Word<Projection>* packed_hr;    // [panels of P][words of H][kUnits]
+  Word<Projection>* unprojected_tiles;  // [B, H]: o * tanh(c) of this step
+  S* cell;                              // [B, H]: the running c
+  Pairs<S> input_moments, hidden_moments, cell_moments;
 
-  int64_t units(int64_t panel) const {
-    return a.H - panel * kUnits<Op> < kUnits<Op> ? a.H - panel * kUnits<Op> : kUnits<Op>;
+  // What a worker keeps, for its panels.
+  struct Work {
+    const Share& share;
+    int64_t together;       // steps whose input products are made at once
+    int64_t group;          // panels whose products with h are made before their gates
+    Word<Op>* input_tiles;  // [together * B, I] in tiles
+    S* inputs;              // [panels][together * B][kGatesWidth]: products of the input, rows in the order of steps
+    S* products;            // [panels, or a group][B][kGatesWidth]: those of h
+    S* projection;          // [B][kUnits]
+
+    S* input_row(int64_t panel, int64_t i, int64_t B) const {
+      return inputs + ((panel - share.begin) * together * B + i) * kGatesWidth<S>;
+    }
+    S* row(int64_t panel, int64_t i, int64_t B) const {
+      return products + ((panel - share.begin) * B + i) * kGatesWidth<S>;
+    }
+  };
+  // What the output of a row and panel is made from.
+  struct Unit {
+    Vec<S> output_gate, cell;
+  };
+
+  static int64_t steps_together(int64_t B, int64_t steps) {
+    const int64_t most = (kInputRows + B - 1) / B;
+    return most < steps ? most : steps;
+  }
+  bool norm() const { return a.variant.norm_gates != nullptr; }
+  bool projects() const { return a.variant.weight_hr != nullptr; }
+  // The place of a step's first row among those of the steps together from `first` on.
+  int64_t first_row(int64_t first, int64_t step) const {
+    const int64_t t = schedule.time(first), at = schedule.time(step);
+    return a.reverse ? schedule.first(t + 1) - schedule.first(at + 1) : schedule.first(at) - schedule.first(t);
   }
 
   void run(const Share& share) const;
-  void begin_rows(const Share& share, int64_t step, typename Op::Shared* to) const;
-  int64_t multiply_inputs(const Share& share, int64_t step, int64_t steps, Word<Op>* tiles, S* sums) const;
-  void finish_row(int64_t panel, int64_t i, int64_t t, const S* from_input, const S* from_hidden,
-                  typename Op::Shared* after) const;
+  Work work(const Share& share) const;
+  void begin_rows(const Work& work, int64_t step, Shared* to) const;
+  void multiply_inputs(const Work& work, int64_t step, int64_t steps) const;
+  void normalize_inputs(const Work& work, int64_t step, int64_t steps) const;
+  void run_step(const Work& work, int64_t step) const;
+  void run_normalized_step(const Work& work, int64_t step) const;
+  void normalize_row(const Work& work, int64_t t, int64_t i, int64_t input_row) const;
+  void project(const Work& work, int64_t t, Shared* after) const;
+  Unit activate(int64_t panel, int64_t i, int64_t t, const S* sums, const S* more) const;
+  void emit(int64_t panel, int64_t i, int64_t t, Vec<S> output, Shared* after) const;
+  void emit_hidden(int64_t panel, int64_t i, int64_t t, Vec<S> h, Shared* after) const;
 };
 
-// h_0 of the rows whose first step this is, the share's units.
 template <class Op>
-void Forward<Op>::begin_rows(const Share& share, int64_t step, typename Op::Shared* to) const {
-  const int64_t t = schedule.time(step), begin = share.begin * kUnits<Op>;
-  const int64_t end = share.end * kUnits<Op> < a.H ? share.end * kUnits<Op> : a.H;
-  for (int64_t i = schedule.active(schedule.time_before(t)); i < schedule.active(t); ++i) {
-    Gates<Op>::share(a.h_0 + schedule.row(i) * a.H + begin, end - begin, i, begin, a.B, a.H, to);
-  }
+typename Forward<Op>::Work Forward<Op>::work(const Share& share) const {
+  const int64_t together = steps_together(a.B, schedule.steps()), panels = share.end - share.begin;
+  const int64_t group = kFinishRows / a.B + 1, size = a.B * kGatesWidth<S>;
+  Word<Op>* tiles = scratch<Word<Op>>(Slot::kPackedA, Gates<Op>::tile_words(together * a.B, a.I));
+  const auto [inputs, products, projection] =
+      carve<S>(Slot::kPackedB, {together * panels * size, (norm() ? panels : group) * size, projects() ? size : 0});
+  return {share, together, group, tiles, inputs, products, projection};
 }
 
-// sums[panel][row of a step][kGatesWidth] = W_ih x of these steps, the share's panels; the number of rows.
+// h_0 of the rows whose first step this is, the share's columns.
 template <class Op>
-int64_t Forward<Op>::multiply_inputs(const Share& share, int64_t step, int64_t steps, Word<Op>* tiles, S* sums) const {
-  int64_t rows = 0, row = 0;
-  for (int64_t s = step; s < step + steps; ++s) rows += schedule.active(schedule.time(s));
-  for (int64_t s = step; s < step + steps; ++s) {
-    const int64_t t = schedule.time(s);
-    for (int64_t i = 0; i < schedule.active(t); ++i, ++row) {
-      Gates<Op>::fill(a.input + (t * a.B + schedule.row(i)) * a.I, row, rows, a.I, tiles);
+void Forward<Op>::begin_rows(const Work& work, int64_t step, Shared* to) const {
+  const Share share = projected<S>(work.share, a.H, a.P);
+  const int64_t t = schedule.time(step);
+  const T zeros[kUnits<S>] = {};
+  for (int64_t i = schedule.active(schedule.time_before(t)); i < schedule.active(t); ++i) {
+    const int64_t row = schedule.row(i);
+    const bool reset = resets(a.variant, t, row, a.B);
+    for (int64_t p = share.begin; p < share.end; ++p) {
+      const T* from = reset ? zeros : a.h_0 + row * a.P + p * kUnits<S>;
+      Gates<Op>::share(from, units_of<S>(p, a.P), i, p * kUnits<S>, a.B, a.P, to);
     }
   }
-  for (int64_t p = share.begin; p < share.end; ++p) {
-    Gates<Op>::multiply(rows, rows, a.I, tiles, weights.input(p), sums + (p - share.begin) * rows * kGatesWidth<Op>,
-                        false);
-  }
-  return rows;
 }
 
-// From the products of a row and panel to its gates, cell and output.
+// inputs = W_ih x of these steps, the share's panels.
 template <class Op>
-void Forward<Op>::finish_row(int64_t panel, int64_t i, int64_t t, const S* from_input, const S* from_hidden,
-                             typename Op::Shared* after) const {
-  const int64_t H = a.H, first = panel * kUnits<Op>, n = units(panel);
-  const int64_t row = schedule.row(i), state = row * H + first, at = (t * a.B + row) * H + first;
+void Forward<Op>::multiply_inputs(const Work& work, int64_t step, int64_t steps) const {
+  const int64_t rows = first_row(step, step + steps - 1) + schedule.active(schedule.time(step + steps - 1));
+  for (int64_t s = step; s < step + steps; ++s) {
+    const int64_t t = schedule.time(s), first = first_row(step, s);
+    for (int64_t i = 0; i < schedule.active(t); ++i) {
+      Gates<Op>::fill(a.input + (t * a.B + schedule.row(i)) * a.I, first + i, rows, a.I, work.input_tiles);
+    }
+  }
+  for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+    Gates<Op>::multiply(rows, rows, a.I, work.input_tiles, weights.input(p), work.input_row(p, 0, a.B), false);
+  }
+}
+
+// The same products, layer-normalised and with their gains.
+template <class Op>
+void Forward<Op>::normalize_inputs(const Work& work, int64_t step, int64_t steps) const {
+  const int64_t rows = first_row(step, step + steps - 1) + schedule.active(schedule.time(step + steps - 1));
+  for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+    for (int64_t i = 0; i < rows; ++i) {
+      put_gate_moments(work.input_row(p, i, a.B), units_of<S>(p, a.H), input_moments.at(p, i));
+    }
+  }
+  work.share.barrier.wait();
+  for (int64_t s = step; s < step + steps; ++s) {
+    const int64_t t = schedule.time(s), first = first_row(step, s);
+    for (int64_t i = 0; i < schedule.active(t); ++i) {
+      const Moments<S> moments = moments_of_row(input_moments, first + i, a.H, 4);
+      const int64_t token = t * a.B + schedule.row(i);
+      if (a.scales != nullptr && work.share.begin == 0) a.scales[token * 4] = moments.scale;
+      T* saved = a.normalized == nullptr ? nullptr : a.normalized + token * 4 * a.H;
+      for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+        S* row = work.input_row(p, first + i, a.B);
+        scale_gates(row, moments, a.variant.norm_gates, p, a.H, static_cast<const S*>(nullptr), saved, row);
+      }
+    }
+  }
+}
+
+// From the sums of a row and panel  (+ more)  to its gates and cell.
+template <class Op>
+typename Forward<Op>::Unit Forward<Op>::activate(int64_t panel, int64_t i, int64_t t, const S* sums,
+                                                 const S* more) const {
+  const int64_t H = a.H, first = panel * kUnits<S>, n = units_of<S>(panel, H), row = schedule.row(i);
+  const int64_t state = row * H + first, token = t * a.B + row;
   Vec<S> gate[4];
   for (int g = 0; g < 4; ++g) {
-    gate[g] = load(from_input + g * kUnits<Op>) + load(from_hidden + g * kUnits<Op>);
+    gate[g] = load(sums + g * kUnits<S>);
+    if (more != nullptr) gate[g] += load(more + g * kUnits<S>);
     if (a.bias_ih != nullptr) {
       gate[g] += load_wide(a.bias_ih + g * H + first, n) + load_wide(a.bias_hh + g * H + first, n);
     }
     gate[g] = g == 2 ? tanh(gate[g]) : sigmoid(gate[g]);
-    if (a.gates != nullptr) store_narrow(a.gates + ((t * a.B + row) * 4 + g) * H + first, gate[g], n);
+    if (a.gates != nullptr) store_narrow(a.gates + (token * 4 + g) * H + first, gate[g], n);
   }
-  const Vec<S> c = fma(gate[1], load(cell + state, n), gate[0] * gate[2]), h = gate[3] * tanh(c);
-  store(cell + state, c, n);
-  if (a.cells != nullptr) store(a.cells + at, c, n);
-  store_narrow(a.output + at, h, n);
-  if (i >= schedule.active(schedule.time_after(t))) store_narrow(a.h_n + state, h, n);  // its last step
-  T rounded[kUnits<Op>];
-  store_narrow(rounded, h);
-  Gates<Op>::share(rounded, n, i, first, a.B, H, after);
+  const Vec<S> before = resets(a.variant, t, row, a.B) ? Vec<S>{} : load(cell + state, n);
+  const Vec<S> c = fma(gate[1], before, gate[0] * gate[2]);
+  Vec<S> kept = c;
+  if (a.variant.zoneout_c > 0) {
+    kept = mix(zoneout(a.variant, Purpose::kZoneoutCell, a.variant.zoneout_c, token, H, first), before, c);
+  }
+  store(cell + state, kept, n);
+  if (a.cells != nullptr) store(a.cells + token * H + first, kept, n);
+  return {gate[3], c};
+}
+
+template <class Op>
+void Forward<Op>::emit(int64_t panel, int64_t i, int64_t t, Vec<S> output, Shared* after) const {
+  if (!projects()) return emit_hidden(panel, i, t, output, after);
+  scatter<Projection, kForwardRows>(output, units_of<S>(panel, a.H), unprojected_tiles, i,
+                                    panel * kUnits<S> / Projection::kTerms, a.B, words_of<Projection>(a.H));
+}
+
+// A panel of h of this step: to the output, and to what the next step reads.
+template <class Op>
+void Forward<Op>::emit_hidden(int64_t panel, int64_t i, int64_t t, Vec<S> h, Shared* after) const {
+  const int64_t P = a.P, first = panel * kUnits<S>, n = units_of<S>(panel, P), row = schedule.row(i);
+  const int64_t token = t * a.B + row, before = schedule.time_before(t), next = schedule.time_after(t);
+  if (a.variant.zoneout_h > 0) {
+    const T* from = i < schedule.active(before) ? a.output + (before * a.B + row) * P : a.h_0 + row * P;
+    const Vec<S> h_prev = resets(a.variant, t, row, a.B) ? Vec<S>{} : load_wide(from + first, n);
+    h = mix(zoneout(a.variant, Purpose::kZoneoutHidden, a.variant.zoneout_h, token, P, first), h_prev, h);
+  }
+  store_narrow(a.output + token * P + first, h, n);
+  if (i >= schedule.active(next)) return store_narrow(a.h_n + row * P + first, h, n);  // its last step
+  T carried[kUnits<S>];
+  store_narrow(carried, resets(a.variant, next, row, a.B) ? Vec<S>{} : h);
+  Gates<Op>::share(carried, n, i, first, a.B, P, after);
+}
+
+template <class Op>
+void Forward<Op>::run_step(const Work& work, int64_t step) const {
+  const int64_t t = schedule.time(step), active = schedule.active(t), size = a.B * kGatesWidth<S>;
+  const int64_t input_row = first_row(step / work.together * work.together, step);
+  const Word<Op>* tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
+  for (int64_t first = work.share.begin; first < work.share.end; first += work.group) {
+    const int64_t last = first + work.group < work.share.end ? first + work.group : work.share.end;
+    for (int64_t p = first; p < last; ++p) {
+      Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), work.products + (p - first) * size, false);
+    }
+    for (int64_t p = first; p < last; ++p) {
+      for (int64_t i = 0; i < active; ++i) {
+        const S* products = work.products + (p - first) * size + i * kGatesWidth<S>;
+        const Unit unit = activate(p, i, t, work.input_row(p, input_row + i, a.B), products);
+        emit(p, i, t, unit.output_gate * tanh(unit.cell), hidden[(step + 1) % 2]);
+      }
+    }
+  }
+}
+
+// With layer norm everybody waits for the moments of all panels twice: of the gates, and of the cells.
+template <class Op>
+void Forward<Op>::run_normalized_step(const Work& work, int64_t step) const {
+  const int64_t t = schedule.time(step), active = schedule.active(t);
+  const int64_t input_row = first_row(step / work.together * work.together, step);
+  const Word<Op>* tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
+  for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+    S* of_panel = work.row(p, 0, a.B);
+    Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), of_panel, false);
+    for (int64_t i = 0; i < active; ++i) {
+      put_gate_moments(of_panel + i * kGatesWidth<S>, units_of<S>(p, a.H), hidden_moments.at(p, i));
+    }
+  }
+  work.share.barrier.wait();
+  for (int64_t i = 0; i < active; ++i) normalize_row(work, t, i, input_row + i);
+  work.share.barrier.wait();
+  for (int64_t i = 0; i < active; ++i) {
+    const Moments<S> moments = moments_of_row(cell_moments, i, a.H, 1);
+    S* scales = a.scales == nullptr ? nullptr : a.scales + (t * a.B + schedule.row(i)) * 4;
+    if (scales != nullptr && work.share.begin == 0) scales[2] = moments.mean, scales[3] = moments.scale;
+    for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+      const S* unit = work.row(p, i, a.B);
+      const T* gain = a.variant.norm_cell + p * kUnits<S>;
+      const int64_t n = units_of<S>(p, a.H);
+      const Vec<S> normalized = (load(unit + kUnits<S>) - moments.mean) * moments.scale;
+      emit(p, i, t, load(unit) * tanh(fma(normalized, load_wide(gain, n), load_wide(gain + a.H, n))),
+           hidden[(step + 1) % 2]);
+    }
+  }
+}
+
+// Gates and cell of a row whose products with h are finished; output gate and cell take the products' place.
+template <class Op>
+void Forward<Op>::normalize_row(const Work& work, int64_t t, int64_t i, int64_t input_row) const {
+  const Moments<S> moments = moments_of_row(hidden_moments, i, a.H, 4);
+  const int64_t token = t * a.B + schedule.row(i);
+  if (a.scales != nullptr && work.share.begin == 0) a.scales[token * 4 + 1] = moments.scale;
+  T* saved = a.normalized == nullptr ? nullptr : a.normalized + (a.steps * a.B + token) * 4 * a.H;
+  for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+    S *row = work.row(p, i, a.B), *inputs = work.input_row(p, input_row, a.B);
+    scale_gates<T>(row, moments, a.variant.norm_gates + 4 * a.H, p, a.H, inputs, saved, inputs);
+    const Unit unit = activate(p, i, t, inputs, nullptr);
+    store(row, unit.output_gate);
+    store(row + kUnits<S>, unit.cell);
+    const Vec<S> cells[1] = {unit.cell};
+    put_moments<S>(cells, units_of<S>(p, a.H), cell_moments.at(p, i));
+  }
+}
+
+// h = W_hr (o * tanh(c)), the share's panels of h.
+template <class Op>
+void Forward<Op>::project(const Work& work, int64_t t, Shared* after) const {
+  const Share share = projected<S>(work.share, a.H, a.P);
+  const int64_t active = schedule.active(t), words = words_of<Projection>(a.H);
+  for (int64_t p = share.begin; p < share.end; ++p) {
+    multiply<Projection, kForwardRows, 1>(active, a.B, words, unprojected_tiles, packed_hr + p * words * kUnits<S>,
+                                          work.projection, false);
+    for (int64_t i = 0; i < active; ++i) emit_hidden(p, i, t, load(work.projection + i * kUnits<S>), after);
+  }
 }
 
 template <class Op>
 void Forward<Op>::run(const Share& share) const {
-  const int64_t panels = share.end - share.begin, steps = schedule.steps();
-  const int64_t most = (kInputRows + a.B - 1) / a.B, together = most < steps ? most : steps;
-  Word<Op>* input_tiles = scratch<Word<Op>>(Slot::kPackedA, Gates<Op>::tile_words(together * a.B, a.I));
-  const int64_t group = kFinishRows / a.B + 1;  // panels whose gates follow their products
-  S* from_inputs = scratch<S>(Slot::kPackedB, (together * panels + group) * a.B * kGatesWidth<Op>);
-  S* from_hidden = from_inputs + together * panels * a.B * kGatesWidth<Op>;
-  int64_t rows = 0, row = 0;  // of the steps whose inputs are multiplied; the first of this step
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t left = steps - step, t = schedule.time(step), active = schedule.active(t);
-    if (step % together == 0) {
-      rows = multiply_inputs(share, step, left < together ? left : together, input_tiles, from_inputs);
-      row = 0;
+  const Work mine = work(share);
+  for (int64_t step = 0; step < schedule.steps(); ++step) {
+    const int64_t left = schedule.steps() - step, steps = left < mine.together ? left : mine.together;
+    if (step % mine.together == 0) {
+      multiply_inputs(mine, step, steps);
+      if (norm()) normalize_inputs(mine, step, steps);
     }
-    typename Op::Shared *before = hidden[step % 2], *after = hidden[(step + 1) % 2];
-    begin_rows(share, step, before);
+    begin_rows(mine, step, hidden[step % 2]);
     share.barrier.wait();  // h is complete, and nobody reads the one before any more
-    const Word<Op>* tiles = Gates<Op>::tiles(before, active, a.P);
-    for (int64_t first = share.begin; first < share.end; first += group) {
-      const int64_t last = first + group < share.end ? first + group : share.end;
-      for (int64_t p = first; p < last; ++p) {
-        Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p),
-                            from_hidden + (p - first) * a.B * kGatesWidth<Op>, false);
-      }
-      for (int64_t p = first; p < last; ++p) {
-        for (int64_t i = 0; i < active; ++i) {
-          finish_row(p, i, t, from_inputs + ((p - share.begin) * rows + row + i) * kGatesWidth<Op>,
-                     from_hidden + ((p - first) * a.B + i) * kGatesWidth<Op>, after);
-        }
-      }
-    }
-    row += active;
+    norm() ? run_normalized_step(mine, step) : run_step(mine, step);
+    if (!projects()) continue;
+    share.barrier.wait();  // o * tanh(c) is complete
+    project(mine, schedule.time(step), hidden[(step + 1) % 2]);
   }
 }
 
 // What beyond a row's length nobody writes.
 template <class T>
 void clear(const LstmForward<T>& a) {
-  const int64_t count = a.steps * a.B * a.H;
-  copy_or_zero<T>(a.output, nullptr, count);
+  const int64_t tokens = a.steps * a.B, count = tokens * a.H;
+  copy_or_zero<T>(a.output, nullptr, tokens * a.P);
   if (a.cells != nullptr) copy_or_zero<Widened<T>>(a.cells, nullptr, count);
   if (a.gates != nullptr) copy_or_zero<T>(a.gates, nullptr, 4 * count);
+  if (a.normalized != nullptr) copy_or_zero<T>(a.normalized, nullptr, 8 * count);
+  if (a.scales != nullptr) copy_or_zero<Widened<T>>(a.scales, nullptr, 4 * tokens);
 }
 
 }  // namespace

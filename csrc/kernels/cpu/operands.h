@@ -5,7 +5,7 @@
 // wide as a lane, made of elements when they are filled, and a multiply-add takes a vector of words from each side:
 //
 //   Wide<T>   a word is one element, widened: every type, on every instruction set
-//   Pairs     a word is two bfloat16, neighbours in k: an instruction of some AVX-512 machines multiplies both
+//   Bf16Pairs a word is two bfloat16, neighbours in k: an instruction of some AVX-512 machines multiplies both
 //
 // Sums are float32 (float64 for double). Where k is not a multiple of a word's terms the last word is filled with 0.
 #pragma once
@@ -20,7 +20,8 @@ struct Wide {
   using Storage = T;
   using Sum = Widened<T>;
   using Word = Sum;
-  using Shared = Word;  // what workers hand one another: tiles.h
+  using Shared = Word;      // what workers hand one another: tiles.h
+  using Projection = Wide;  // what multiplies by W_hr
   static constexpr int kTerms = 1;
 
   // The terms at `from`, of which `available` exist, one beside the other.
@@ -37,11 +38,12 @@ struct Wide {
 // have it. One build more, of every kernel, for the sake of one instruction would leave the AVX-512 build itself
 // without tests on machines that have it; so it is named to the assembler, here and nowhere else, behind has_bf16().
 // What other machines do with bfloat16, Wide, is what every machine does with float16.
-struct Pairs {
+struct Bf16Pairs {
   using Storage = bfloat16;
   using Sum = float;
   using Word = int32_t;
   using Shared = Word;
+  using Projection = Bf16Pairs;
   static constexpr int kTerms = 2;
 
   static Word word(const bfloat16* from, int64_t available) {

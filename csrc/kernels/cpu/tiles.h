@@ -13,10 +13,10 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-template <class Op>
-constexpr int64_t kUnits = kLanes<Sum<Op>>;  // hidden units of a panel
-template <class Op>
-constexpr int64_t kGatesWidth = 4 * kUnits<Op>;  // columns of a panel: the four gates of its units
+template <class S>
+constexpr int64_t kUnits = kLanes<S>;  // hidden units of a panel, for sums of type S
+template <class S>
+constexpr int64_t kGatesWidth = 4 * kUnits<S>;  // columns of a panel: the four gates of its units
 
 // Registers: rows * 4 accumulators, 4 of W, 1 for a broadcast of h; 32 with AVX-512, 16 otherwise.
 constexpr int64_t kForwardRows = kVectorBytes == 64 ? 6 : 2;
@@ -48,6 +48,14 @@ void fill_row(const typename Op::Storage* from, int64_t count, int64_t row, int6
   const int64_t height = tile_height<kRows>(row, M);
   Word<Op>* to = in_tiles<kRows>(tiles, row, k, M, words);
   for (int64_t i = 0; i < count; i += Op::kTerms, to += height) *to = Op::word(from + i, count - i);
+}
+
+// One vector of a row into the tiles, as its storage rounds it.
+template <class Op, int64_t kRows>
+void scatter(Vec<Sum<Op>> values, int64_t count, Word<Op>* tiles, int64_t row, int64_t k, int64_t M, int64_t words) {
+  typename Op::Storage lane[kUnits<Sum<Op>>];
+  store_narrow(lane, values);
+  fill_row<Op, kRows>(lane, count, row, k, M, words, tiles);
 }
 
 // ---- products
@@ -83,9 +91,14 @@ void multiply(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tile
   }
 }
 
-template <class Op>
-int64_t panels_of(int64_t H) {
-  return (H + kUnits<Op> - 1) / kUnits<Op>;
+template <class S>
+int64_t panels_of(int64_t columns) {
+  return (columns + kUnits<S> - 1) / kUnits<S>;
+}
+
+template <class S>
+int64_t units_of(int64_t panel, int64_t columns) {
+  return columns - panel * kUnits<S> < kUnits<S> ? columns - panel * kUnits<S> : kUnits<S>;
 }
 
 // ---- the product that makes gates: rows of K elements by a weight [4H, K]
@@ -95,7 +108,7 @@ struct Gates {
   using Storage = typename Op::Storage;
 
   static int64_t tile_words(int64_t M, int64_t K) { return M * words_of<Op>(K); }
-  static int64_t panel_words(int64_t K) { return words_of<Op>(K) * kGatesWidth<Op>; }
+  static int64_t panel_words(int64_t K) { return words_of<Op>(K) * kGatesWidth<Sum<Op>>; }
 
   // A row of M into the tiles.
   static void fill(const Storage* from, int64_t row, int64_t M, int64_t K, Word<Op>* tiles) {
@@ -116,15 +129,15 @@ struct Gates {
 
   // panel[word of k][gate][unit] = W[gate * H + first + unit, k]; units beyond H are 0.
   static void pack(const Storage* weight, int64_t K, int64_t H, int64_t first, bool quantised, Word<Op>* panel) {
-    const int64_t units = H - first < kUnits<Op> ? H - first : kUnits<Op>;
-    if (units < kUnits<Op>) memset(panel, 0, static_cast<size_t>(panel_words(K)) * sizeof(Word<Op>));
+    const int64_t units = H - first < kUnits<Sum<Op>> ? H - first : kUnits<Sum<Op>>;
+    if (units < kUnits<Sum<Op>>) memset(panel, 0, static_cast<size_t>(panel_words(K)) * sizeof(Word<Op>));
     const Buffer<Storage> rounded(quantised ? units * K : 0);
     for (int64_t gate = 0; gate < 4; ++gate) {
       const Storage* rows = weight + (gate * H + first) * K;
       if constexpr (std::is_same_v<Storage, float>) {
         if (quantised) rows = round_to_bytes(rows, units, K, rounded.data());
       }
-      transpose_words<Op>(rows, K, K, kGatesWidth<Op>, units, panel + gate * kUnits<Op>);
+      transpose_words<Op>(rows, K, K, kGatesWidth<Sum<Op>>, units, panel + gate * kUnits<Sum<Op>>);
     }
   }
 };
@@ -136,11 +149,11 @@ struct PackedWeights {
   int64_t I, H, P;
 
   static int64_t size(int64_t I, int64_t H, int64_t P) {
-    return panels_of<Op>(H) * (Gates<Op>::panel_words(I) + Gates<Op>::panel_words(P));
+    return panels_of<Sum<Op>>(H) * (Gates<Op>::panel_words(I) + Gates<Op>::panel_words(P));
   }
   const Word<Op>* input(int64_t panel) const { return words + panel * Gates<Op>::panel_words(I); }
   const Word<Op>* hidden(int64_t panel) const {
-    return words + panels_of<Op>(H) * Gates<Op>::panel_words(I) + panel * Gates<Op>::panel_words(P);
+    return words + panels_of<Sum<Op>>(H) * Gates<Op>::panel_words(I) + panel * Gates<Op>::panel_words(P);
   }
 };
 
