@@ -104,6 +104,26 @@ void pack_panels(const Matrix<typename Op::Storage>& b, int64_t K, int64_t N, Wo
   }
 }
 
+// tile[word of k][i] = rows[i * stride + k] for kTileRows rows. Of a transposed square, which may be larger, what is
+// too much of a word is overwritten by the next one.
+template <class Op>
+void pack_whole_tile(const typename Op::Storage* rows, int64_t stride, int64_t K, Word<Op>* tile) {
+  constexpr int lanes = kLanes<Word<Op>>;
+  int64_t k = 0;
+  if constexpr (kTileRows <= lanes) {
+    for (; k + lanes * Op::kTerms <= K; k += lanes * Op::kTerms, tile += lanes * kTileRows) {
+      Vec<Word<Op>> square[lanes];
+      for (int i = 0; i < lanes; ++i) square[i] = Op::words(rows + (i < kTileRows ? i : 0) * stride + k);
+      transpose<Word<Op>>(square);
+      for (int i = 0; i + 1 < lanes; ++i) store(tile + i * kTileRows, square[i]);
+      store(tile + (lanes - 1) * kTileRows, square[lanes - 1], kTileRows);
+    }
+  }
+  for (; k < K; k += Op::kTerms, tile += kTileRows) {
+    for (int i = 0; i < kTileRows; ++i) tile[i] = Op::word(rows + i * stride + k, K - k);
+  }
+}
+
 // tiles[m / kTileRows][word of k][m % kTileRows] = A[m, k]; the last tile is as high as there are rows left. A few
 // tiles are filled side by side where the columns of A are contiguous: that reads whole cache lines. One stride of A
 // is 1.
@@ -111,8 +131,10 @@ template <class Op>
 void pack_tiles(const Matrix<typename Op::Storage>& a, int64_t M, int64_t K, Word<Op>* tiles) {
   const int64_t words = words_of<Op>(K);
   if (a.column_stride == 1) {
-    for (int64_t m = 0; m < M; ++m) {
-      const int64_t first = m / kTileRows * kTileRows, rows = M - first < kTileRows ? M - first : kTileRows;
+    int64_t m = 0;
+    for (; m + kTileRows <= M; m += kTileRows) pack_whole_tile<Op>(a.at(m, 0), a.row_stride, K, tiles + m * words);
+    for (; m < M; ++m) {
+      const int64_t first = m / kTileRows * kTileRows, rows = M - first;
       const typename Op::Storage* from = a.at(m, 0);
       Word<Op>* to = tiles + first * words + m - first;
       for (int64_t k = 0; k < words; ++k) to[k * rows] = Op::word(from + k * Op::kTerms, K - k * Op::kTerms);
@@ -142,13 +164,13 @@ void pack_tiles(const Matrix<typename Op::Storage>& a, int64_t M, int64_t K, Wor
 
 // C[rows, columns * lanes] = tile[K, rows]^T panel[K, columns * lanes]  (+ C) for K words, all of it in registers. No
 // partial store in here: gcc would keep the accumulators in memory for it. `ahead`: that many bytes further on lies
-// what of the panel is wanted next, and is fetched.
-template <class Op, int rows, int columns, int64_t ahead>
+// what of the panel is wanted next, and is fetched. `width` is that of the whole panel.
+template <class Op, int rows, int columns, int64_t ahead, int64_t width = columns * kLanes<Word<Op>>>
 void multiply_whole(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<Op>* c, int64_t c_stride,
                     bool accumulate) {
   constexpr int lanes = kLanes<Word<Op>>;
   Vec<Sum<Op>> sums[rows][columns] = {};
-  for (int64_t k = 0; k < K; ++k, tile += rows, panel += columns * lanes) {
+  for (int64_t k = 0; k < K; ++k, tile += rows, panel += width) {
     Vec<Word<Op>> b[columns];
 #pragma GCC unroll 4
     for (int j = 0; j < columns; ++j) {
@@ -184,10 +206,16 @@ void multiply_tile(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<O
     return multiply_whole<Op, rows, 2, 0>(K, tile, panel, c, c_stride, accumulate);
   }
   Sum<Op> whole[rows * kPanel<Op>];
-  multiply_whole<Op, rows, 2, 0>(K, tile, panel, whole, kPanel<Op>, false);
+  if (width <= lanes) {
+    multiply_whole<Op, rows, 1, 0, kPanel<Op>>(K, tile, panel, whole, kPanel<Op>, false);
+  } else {
+    multiply_whole<Op, rows, 2, 0>(K, tile, panel, whole, kPanel<Op>, false);
+  }
   for (int i = 0; i < rows; ++i, c += c_stride) {
-    const Sum<Op>* from = whole + i * kPanel<Op>;
-    for (int64_t n = 0; n < width; ++n) c[n] = accumulate ? c[n] + from[n] : from[n];
+    for_lanes<Sum<Op>>(0, width, [&](int64_t n, int64_t count) {
+      const Vec<Sum<Op>> sums = load(whole + i * kPanel<Op> + n);
+      store(c + n, accumulate ? load(c + n, count) + sums : sums, count);
+    });
   }
 }
 
@@ -263,7 +291,10 @@ void gemm(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Storage>& a
   const int64_t panels = (N + kPanel<Op> - 1) / kPanel<Op>, tiles = (M + kTileRows - 1) / kTileRows;
   // About 20 us of work: less is not worth waking a thread for.
   const int64_t tile_cost = words_of<Op>(K) * kTileRows * kPanel<Op>, grain = (int64_t{1} << 20) / tile_cost + 1;
-  if (panels >= 2 * parallel.threads() || panels >= tiles) {
+  // The columns or the rows are divided, whatever leaves the busiest thread less to multiply.
+  const int64_t threads = parallel.threads(), most_panels = (panels + threads - 1) / threads;
+  const int64_t most_tiles = (tiles + threads - 1) / threads;
+  if (most_panels * kPanel<Op> * M <= most_tiles * kTileRows * N) {
     parallel(panels, grain / tiles + 1, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * kPanel<Op>, last = end * kPanel<Op> < N ? end * kPanel<Op> : N;
       serial(M, last - first, a, b.from(0, first), c + first);

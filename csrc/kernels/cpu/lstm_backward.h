@@ -94,6 +94,7 @@ struct Backward {
   Unit output_gradient(const Token& at, int64_t panel, Vec<S> hidden) const;
   void gate_gradients(const Token& at, int64_t panel, const Unit& unit, Vec<S> (&da)[4]) const;
   void hand_down(const Token& at, int64_t panel, const Vec<S> (&da)[4], Word<Op>* after) const;
+  void fetch(const Token& at, int64_t panel) const;
 };
 
 template <class Op>
@@ -224,11 +225,25 @@ void Backward<Op>::hand_down(const Token& at, int64_t panel, const Vec<S> (&da)[
   }
 }
 
+// Rows are far apart in memory: what the next panel reads and writes of one is asked for a panel ahead.
+template <class Op>
+void Backward<Op>::fetch(const Token& at, int64_t panel) const {
+  const int64_t unit = panel * kUnits<S>, before = schedule.time_before(at.t);
+  if (unit >= a.H) return;
+  for (int g = 0; g < 4; ++g) {
+    __builtin_prefetch(state.gates + (at.saved * 4 + g) * a.H + unit);
+    __builtin_prefetch(state.grad_gates + ((schedule.first(at.t) + at.i) * 4 + g) * a.H + unit, 1);
+  }
+  __builtin_prefetch(a.cells + (at.t * a.B + at.row) * a.H + unit);
+  if (at.i < schedule.active(before)) __builtin_prefetch(a.cells + (before * a.B + at.row) * a.H + unit);
+}
+
 template <class Op>
 void Backward<Op>::run_step(const Work& work, int64_t t, Word<Op>* after) const {
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     for (int64_t i = 0; i < schedule.active(t); ++i) {
       const Token at = token(t, i);
+      fetch(at, p + 1);
       Vec<S> da[4];
       gate_gradients(at, p, output_gradient(at, p, load(work.hidden_row(p, i, a.B))), da);
       hand_down(at, p, da, after);
