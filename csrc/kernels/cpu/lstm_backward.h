@@ -48,6 +48,7 @@ struct Backward {
     S* dh;      // [B][kUnits]: of one panel
     S* hidden;  // [panels][B][kUnits]: the gradient of o * tanh(c); with layer norm, then that of normalised c
     S* gates;   // [panels][B][kGatesWidth]: da, with layer norm
+    Zoneouts<T> zoneouts;
 
     S* hidden_row(int64_t panel, int64_t i, int64_t B) const {
       return hidden + ((panel - share.begin) * B + i) * kUnits<S>;
@@ -92,7 +93,7 @@ struct Backward {
   Vec<S> previous_cell(const Token& at, int64_t panel) const;
   Vec<S> new_cell(const Token& at, int64_t panel, Vec<S> before) const;
   Unit output_gradient(const Token& at, int64_t panel, Vec<S> hidden) const;
-  void gate_gradients(const Token& at, int64_t panel, const Unit& unit, Vec<S> (&da)[4]) const;
+  void gate_gradients(const Work& work, const Token& at, int64_t panel, const Unit& unit, Vec<S> (&da)[4]) const;
   void hand_down(const Token& at, int64_t panel, const Vec<S> (&da)[4], Word<Op>* after) const;
   void fetch(const Token& at, int64_t panel) const;
 };
@@ -102,7 +103,7 @@ typename Backward<Op>::Work Backward<Op>::work(const Share& share) const {
   const int64_t size = (share.end - share.begin) * a.B * kUnits<S>;
   const auto [dh, hidden, gates] =
       carve<S>(Slot::kPackedA, {round_up(a.B, kBackwardRows) * kUnits<S>, size, norm() ? 4 * size : 0});
-  return {share, dh, hidden, gates};
+  return {share, dh, hidden, gates, Zoneouts<T>::of(a.variant, a.B, a.H, a.P, share)};
 }
 
 template <class Op>
@@ -128,7 +129,7 @@ void Backward<Op>::carry(const Work& work, int64_t panel, int64_t t, const Word<
     const int64_t row = schedule.row(i);
     S* running = grad_h + row * a.P + panel * kUnits<S>;
     Vec<S> dh = load(work.dh + i * kUnits<S>);
-    if (a.variant.zoneout_h > 0) dh += load(running, n);
+    if (work.zoneouts.hidden.any()) dh += load(running, n);
     if (resets(a.variant, t, row, a.B)) dh = Vec<S>{};
     store(running, dh, n);
   }
@@ -143,8 +144,8 @@ void Backward<Op>::hidden_gradient(const Work& work, int64_t panel, int64_t t) c
     S* running = grad_h + row * a.P + first;
     Vec<S> dh = load(running, n);
     if (a.grad_output != nullptr) dh += load_wide(a.grad_output + token * a.P + first, n);
-    if (a.variant.zoneout_h > 0) {
-      const Vec<S> z = zoneout(a.variant, Purpose::kZoneoutHidden, a.variant.zoneout_h, token, a.P, first);
+    if (work.zoneouts.hidden.any()) {
+      const Vec<S> z = work.zoneouts.hidden.at(i, panel);
       store(running, z * dh, n);
       dh = (1 - z) * dh;
     }
@@ -194,15 +195,16 @@ typename Backward<Op>::Unit Backward<Op>::output_gradient(const Token& at, int64
 
 // da of all four gates, and dc of the step before.
 template <class Op>
-void Backward<Op>::gate_gradients(const Token& at, int64_t panel, const Unit& unit, Vec<S> (&da)[4]) const {
+void Backward<Op>::gate_gradients(const Work& work, const Token& at, int64_t panel, const Unit& unit,
+                                  Vec<S> (&da)[4]) const {
   const int64_t H = a.H, first = panel * kUnits<S>, n = units_of<S>(panel, H), token = at.t * a.B + at.row;
   const Vec<S> i = gate(at, 0, panel), f = gate(at, 1, panel), g = gate(at, 2, panel),
                before = previous_cell(at, panel);
   S* running = grad_c + at.row * H + first;
   Vec<S> kept = load(running, n), past = {};
   if (a.grad_cells != nullptr) kept += load(a.grad_cells + token * H + first, n);
-  if (a.variant.zoneout_c > 0) {
-    const Vec<S> z = zoneout(a.variant, Purpose::kZoneoutCell, a.variant.zoneout_c, token, H, first);
+  if (work.zoneouts.cell.any()) {
+    const Vec<S> z = work.zoneouts.cell.at(at.i, panel);
     past = z * kept;
     kept = (1 - z) * kept;
   }
@@ -245,7 +247,7 @@ void Backward<Op>::run_step(const Work& work, int64_t t, Word<Op>* after) const 
       const Token at = token(t, i);
       fetch(at, p + 1);
       Vec<S> da[4];
-      gate_gradients(at, p, output_gradient(at, p, load(work.hidden_row(p, i, a.B))), da);
+      gate_gradients(work, at, p, output_gradient(at, p, load(work.hidden_row(p, i, a.B))), da);
       hand_down(at, p, da, after);
     }
   }
@@ -288,7 +290,7 @@ void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* af
       const Vec<S> x = (new_cell(at, p, previous_cell(at, p)) - scales[2]) * scales[3];
       S* gates = work.gates_row(p, i, a.B);
       Vec<S> da[4], normal[4];
-      gate_gradients(at, p, {cell.of(load(work.hidden_row(p, i, a.B)), x), load(gates + 3 * kUnits<S>)}, da);
+      gate_gradients(work, at, p, {cell.of(load(work.hidden_row(p, i, a.B)), x), load(gates + 3 * kUnits<S>)}, da);
       for (int g = 0; g < 4; ++g) {
         da[g] *= load_wide(a.variant.norm_gates + (4 + g) * a.H + first, n);
         normal[g] = normalized(at, 1, g, p);
@@ -322,6 +324,7 @@ void Backward<Op>::run(const Share& share) const {
   for (int64_t s = schedule.steps(); s >= 0; --s) {  // s = steps: nothing above the last step; s = 0: only dh of h_0
     share.barrier.wait();                            // da is complete, and nobody reads the one before any more
     const int64_t t = s > 0 ? schedule.time(s - 1) : -1;
+    if (s > 0) mine.zoneouts.draw(schedule, a.B, t);
     for (int64_t p = outputs.begin; p < outputs.end; ++p) {
       if (s < schedule.steps()) carry(mine, p, schedule.time(s), da_tiles[s % 2]);
       if (s > 0) hidden_gradient(mine, p, t);

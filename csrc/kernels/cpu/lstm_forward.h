@@ -3,10 +3,6 @@
 #pragma once
 
 #include "kernels/cpu/lstm_variant.h"
-#include "kernels/cpu/schedule.h"
-#include "kernels/cpu/team.h"
-#include "kernels/cpu/tiles.h"
-#include "kernels/lstm.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
@@ -63,13 +59,6 @@ class Running {
   int64_t count_;
 };
 
-// A worker's share of the panels of the output: that of the panels of hidden units, without a projection.
-template <class S>
-Share projected(const Share& share, int64_t H, int64_t P) {
-  const int64_t panels = panels_of<S>(H), projected_panels = panels_of<S>(P);
-  return {share.begin * projected_panels / panels, share.end * projected_panels / panels, share.barrier};
-}
-
 template <class Op>
 struct Forward {
   using T = typename Op::Storage;
@@ -95,6 +84,7 @@ struct Forward {
     S* inputs;              // [panels][together * B][kGatesWidth]: products of the input, rows in the order of steps
     S* products;            // [panels, or a group][B][kGatesWidth]: those of h
     S* projection;          // [B][kUnits]
+    Zoneouts<T> zoneouts;
 
     S* input_row(int64_t panel, int64_t i, int64_t B) const {
       return inputs + ((panel - share.begin) * together * B + i) * kGatesWidth<S>;
@@ -129,9 +119,9 @@ struct Forward {
   void run_normalized_step(const Work& work, int64_t step) const;
   void normalize_row(const Work& work, int64_t t, int64_t i, int64_t input_row) const;
   void project(const Work& work, int64_t t, Shared* after) const;
-  Unit activate(int64_t panel, int64_t i, int64_t t, const S* sums, const S* more) const;
-  void emit(int64_t panel, int64_t i, int64_t t, Vec<S> output, Shared* after) const;
-  void emit_hidden(int64_t panel, int64_t i, int64_t t, Vec<S> h, Shared* after) const;
+  Unit activate(const Work& work, int64_t panel, int64_t i, int64_t t, const S* sums, const S* more) const;
+  void emit(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<S> output, Shared* after) const;
+  void emit_hidden(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<S> h, Shared* after) const;
 };
 
 template <class Op>
@@ -141,7 +131,8 @@ typename Forward<Op>::Work Forward<Op>::work(const Share& share) const {
   Word<Op>* tiles = scratch<Word<Op>>(Slot::kPackedA, Gates<Op>::tile_words(together * a.B, a.I));
   const auto [inputs, products, projection] =
       carve<S>(Slot::kPackedB, {together * panels * size, (norm() ? panels : group) * size, projects() ? size : 0});
-  return {share, together, group, tiles, inputs, products, projection};
+  return {share,  together, group,      tiles,
+          inputs, products, projection, Zoneouts<T>::of(a.variant, a.B, a.H, a.P, share)};
 }
 
 // h_0 of the rows whose first step this is, the share's columns.
@@ -202,7 +193,7 @@ void Forward<Op>::normalize_inputs(const Work& work, int64_t step, int64_t steps
 
 // From the sums of a row and panel  (+ more)  to its gates and cell.
 template <class Op>
-typename Forward<Op>::Unit Forward<Op>::activate(int64_t panel, int64_t i, int64_t t, const S* sums,
+typename Forward<Op>::Unit Forward<Op>::activate(const Work& work, int64_t panel, int64_t i, int64_t t, const S* sums,
                                                  const S* more) const {
   const int64_t H = a.H, first = panel * kUnits<S>, n = units_of<S>(panel, H), row = schedule.row(i);
   const int64_t state = row * H + first, token = t * a.B + row;
@@ -218,31 +209,28 @@ typename Forward<Op>::Unit Forward<Op>::activate(int64_t panel, int64_t i, int64
   }
   const Vec<S> before = resets(a.variant, t, row, a.B) ? Vec<S>{} : load(cell + state, n);
   const Vec<S> c = fma(gate[1], before, gate[0] * gate[2]);
-  Vec<S> kept = c;
-  if (a.variant.zoneout_c > 0) {
-    kept = mix(zoneout(a.variant, Purpose::kZoneoutCell, a.variant.zoneout_c, token, H, first), before, c);
-  }
+  const Vec<S> kept = work.zoneouts.cell.any() ? mix(work.zoneouts.cell.at(i, panel), before, c) : c;
   store(cell + state, kept, n);
   if (a.cells != nullptr) store(a.cells + token * H + first, kept, n);
   return {gate[3], c};
 }
 
 template <class Op>
-void Forward<Op>::emit(int64_t panel, int64_t i, int64_t t, Vec<S> output, Shared* after) const {
-  if (!projects()) return emit_hidden(panel, i, t, output, after);
+void Forward<Op>::emit(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<S> output, Shared* after) const {
+  if (!projects()) return emit_hidden(work, panel, i, t, output, after);
   scatter<Projection, kForwardRows>(output, units_of<S>(panel, a.H), unprojected_tiles, i,
                                     panel * kUnits<S> / Projection::kTerms, a.B, words_of<Projection>(a.H));
 }
 
 // A panel of h of this step: to the output, and to what the next step reads.
 template <class Op>
-void Forward<Op>::emit_hidden(int64_t panel, int64_t i, int64_t t, Vec<S> h, Shared* after) const {
+void Forward<Op>::emit_hidden(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<S> h, Shared* after) const {
   const int64_t P = a.P, first = panel * kUnits<S>, n = units_of<S>(panel, P), row = schedule.row(i);
   const int64_t token = t * a.B + row, before = schedule.time_before(t), next = schedule.time_after(t);
-  if (a.variant.zoneout_h > 0) {
+  if (work.zoneouts.hidden.any()) {
     const T* from = i < schedule.active(before) ? a.output + (before * a.B + row) * P : a.h_0 + row * P;
     const Vec<S> h_prev = resets(a.variant, t, row, a.B) ? Vec<S>{} : load_wide(from + first, n);
-    h = mix(zoneout(a.variant, Purpose::kZoneoutHidden, a.variant.zoneout_h, token, P, first), h_prev, h);
+    h = mix(work.zoneouts.hidden.at(i, panel), h_prev, h);
   }
   store_narrow(a.output + token * P + first, h, n);
   if (i >= schedule.active(next)) return store_narrow(a.h_n + row * P + first, h, n);  // its last step
@@ -264,8 +252,8 @@ void Forward<Op>::run_step(const Work& work, int64_t step) const {
     for (int64_t p = first; p < last; ++p) {
       for (int64_t i = 0; i < active; ++i) {
         const S* products = work.products + (p - first) * size + i * kGatesWidth<S>;
-        const Unit unit = activate(p, i, t, work.input_row(p, input_row + i, a.B), products);
-        emit(p, i, t, unit.output_gate * tanh(unit.cell), hidden[(step + 1) % 2]);
+        const Unit unit = activate(work, p, i, t, work.input_row(p, input_row + i, a.B), products);
+        emit(work, p, i, t, unit.output_gate * tanh(unit.cell), hidden[(step + 1) % 2]);
       }
     }
   }
@@ -296,7 +284,7 @@ void Forward<Op>::run_normalized_step(const Work& work, int64_t step) const {
       const T* gain = a.variant.norm_cell + p * kUnits<S>;
       const int64_t n = units_of<S>(p, a.H);
       const Vec<S> normalized = (load(unit + kUnits<S>) - moments.mean) * moments.scale;
-      emit(p, i, t, load(unit) * tanh(fma(normalized, load_wide(gain, n), load_wide(gain + a.H, n))),
+      emit(work, p, i, t, load(unit) * tanh(fma(normalized, load_wide(gain, n), load_wide(gain + a.H, n))),
            hidden[(step + 1) % 2]);
     }
   }
@@ -312,7 +300,7 @@ void Forward<Op>::normalize_row(const Work& work, int64_t t, int64_t i, int64_t 
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     S *row = work.row(p, i, a.B), *inputs = work.input_row(p, input_row, a.B);
     scale_gates<T>(row, moments, a.variant.norm_gates + 4 * a.H, p, a.H, inputs, saved, inputs);
-    const Unit unit = activate(p, i, t, inputs, nullptr);
+    const Unit unit = activate(work, p, i, t, inputs, nullptr);
     store(row, unit.output_gate);
     store(row + kUnits<S>, unit.cell);
     const Vec<S> cells[1] = {unit.cell};
@@ -328,7 +316,7 @@ void Forward<Op>::project(const Work& work, int64_t t, Shared* after) const {
   for (int64_t p = share.begin; p < share.end; ++p) {
     multiply<Projection, kForwardRows, 1>(active, a.B, words, unprojected_tiles, packed_hr + p * words * kUnits<S>,
                                           work.projection, false);
-    for (int64_t i = 0; i < active; ++i) emit_hidden(p, i, t, load(work.projection + i * kUnits<S>), after);
+    for (int64_t i = 0; i < active; ++i) emit_hidden(work, p, i, t, load(work.projection + i * kUnits<S>), after);
   }
 }
 
@@ -342,6 +330,7 @@ void Forward<Op>::run(const Share& share) const {
       if (norm()) normalize_inputs(mine, step, steps);
     }
     begin_rows(mine, step, hidden[step % 2]);
+    mine.zoneouts.draw(schedule, a.B, schedule.time(step));
     share.barrier.wait();  // h is complete, and nobody reads the one before any more
     norm() ? run_normalized_step(mine, step) : run_step(mine, step);
     if (!projects()) continue;

@@ -20,6 +20,7 @@ enum class Slot {
   kCell,
   kProjection,
   kMoments,
+  kMasks,
   kKernel,
   kGates,
   kScales,
