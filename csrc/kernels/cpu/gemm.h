@@ -205,7 +205,7 @@ void multiply_tile(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<O
     }
     return multiply_whole<Op, rows, 2, 0>(K, tile, panel, c, c_stride, accumulate);
   }
-  Sum<Op> whole[rows * kPanel<Op>];
+  Sum<Op> whole[rows * kPanel<Op>];  // no partial store in there
   if (width <= lanes) {
     multiply_whole<Op, rows, 1, 0, kPanel<Op>>(K, tile, panel, whole, kPanel<Op>, false);
   } else {

@@ -48,6 +48,8 @@ struct Backward {
     S* dh;      // [B][kUnits]: of one panel
     S* hidden;  // [panels][B][kUnits]: the gradient of o * tanh(c); with layer norm, then that of normalised c
     S* gates;   // [panels][B][kGatesWidth]: da, with layer norm
+    T* handed;  // [panels, or one][B][kGatesWidth]: the gradient of W_hh h, until all rows have it
+    int64_t handed_panel;  // from one panel of it to the next: 0 if there is but one
     Zoneouts<T> zoneouts;
 
     S* hidden_row(int64_t panel, int64_t i, int64_t B) const {
@@ -55,6 +57,9 @@ struct Backward {
     }
     S* gates_row(int64_t panel, int64_t i, int64_t B) const {
       return gates + ((panel - share.begin) * B + i) * kGatesWidth<S>;
+    }
+    T* handed_row(int64_t panel, int64_t i) const {
+      return handed + (panel - share.begin) * handed_panel + i * kGatesWidth<S>;
     }
   };
   struct Token {
@@ -94,16 +99,17 @@ struct Backward {
   Vec<S> new_cell(const Token& at, int64_t panel, Vec<S> before) const;
   Unit output_gradient(const Token& at, int64_t panel, Vec<S> hidden) const;
   void gate_gradients(const Work& work, const Token& at, int64_t panel, const Unit& unit, Vec<S> (&da)[4]) const;
-  void hand_down(const Token& at, int64_t panel, const Vec<S> (&da)[4], Word<Op>* after) const;
+  void hand_down(const Work& work, int64_t panel, int64_t t, Word<Op>* after) const;
   void fetch(const Token& at, int64_t panel) const;
 };
 
 template <class Op>
 typename Backward<Op>::Work Backward<Op>::work(const Share& share) const {
   const int64_t size = (share.end - share.begin) * a.B * kUnits<S>;
-  const auto [dh, hidden, gates] =
-      carve<S>(Slot::kPackedA, {round_up(a.B, kBackwardRows) * kUnits<S>, size, norm() ? 4 * size : 0});
-  return {share, dh, hidden, gates, Zoneouts<T>::of(a.variant, a.B, a.H, a.P, share)};
+  const int64_t of_gates = norm() ? 4 * size : 0, of_panel = a.B * kGatesWidth<S>;
+  const auto [dh, hidden, gates] = carve<S>(Slot::kPackedA, {round_up(a.B, kBackwardRows) * kUnits<S>, size, of_gates});
+  T* handed = scratch<T>(Slot::kPackedB, norm() ? of_gates : of_panel);
+  return {share, dh, hidden, gates, handed, norm() ? of_panel : 0, Zoneouts<T>::of(a.variant, a.B, a.H, a.P, share)};
 }
 
 template <class Op>
@@ -154,6 +160,7 @@ void Backward<Op>::hidden_gradient(const Work& work, int64_t panel, int64_t t) c
       scatter<Op, kBackwardRows>(dh, n, dh_tiles, i, first / Op::kTerms, a.B, words_of<Op>(a.P));
     } else {
       store(work.hidden_row(panel, i, a.B), dh);
+      fetch({t, i, row, state.saved_row(schedule, a.B, t, i)}, panel);
     }
   }
 }
@@ -218,20 +225,24 @@ void Backward<Op>::gate_gradients(const Work& work, const Token& at, int64_t pan
   for (int j = 0; j < 4; ++j) store_narrow(to + j * H, da[j], n);
 }
 
-// The gradient of W_hh h, into the tiles of the step before.
+// The gradient of W_hh h of a panel, into the tiles of the step before.
 template <class Op>
-void Backward<Op>::hand_down(const Token& at, int64_t panel, const Vec<S> (&da)[4], Word<Op>* after) const {
-  for (int j = 0; j < 4; ++j) {
-    scatter<Op, kBackwardRows>(da[j], units_of<S>(panel, a.H), after, at.i,
-                               j * gate_words() + panel * kUnits<S> / Op::kTerms, a.B, 4 * gate_words());
+void Backward<Op>::hand_down(const Work& work, int64_t panel, int64_t t, Word<Op>* after) const {
+  const int64_t active = schedule.active(t), n = units_of<S>(panel, a.H);
+  for (int64_t row = 0; row < active; row += kBackwardRows) {
+    const int64_t height = tile_height<kBackwardRows>(row, a.B), count = active - row < height ? active - row : height;
+    for (int j = 0; j < 4; ++j) {
+      Word<Op>* to =
+          in_tiles<kBackwardRows>(after, row, j * gate_words() + panel * kUnits<S> / Op::kTerms, a.B, 4 * gate_words());
+      fill_tile<Op>(work.handed_row(panel, row) + j * kUnits<S>, kGatesWidth<S>, n, count, height, to);
+    }
   }
 }
 
-// Rows are far apart in memory: what the next panel reads and writes of one is asked for a panel ahead.
+// Rows are far apart in memory: what the step will read and write of one is asked for while products are still made.
 template <class Op>
 void Backward<Op>::fetch(const Token& at, int64_t panel) const {
   const int64_t unit = panel * kUnits<S>, before = schedule.time_before(at.t);
-  if (unit >= a.H) return;
   for (int g = 0; g < 4; ++g) {
     __builtin_prefetch(state.gates + (at.saved * 4 + g) * a.H + unit);
     __builtin_prefetch(state.grad_gates + ((schedule.first(at.t) + at.i) * 4 + g) * a.H + unit, 1);
@@ -245,11 +256,11 @@ void Backward<Op>::run_step(const Work& work, int64_t t, Word<Op>* after) const 
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     for (int64_t i = 0; i < schedule.active(t); ++i) {
       const Token at = token(t, i);
-      fetch(at, p + 1);
       Vec<S> da[4];
       gate_gradients(work, at, p, output_gradient(at, p, load(work.hidden_row(p, i, a.B))), da);
-      hand_down(at, p, da, after);
+      for (int j = 0; j < 4; ++j) store_narrow(work.handed_row(p, i) + j * kUnits<S>, da[j]);
     }
+    hand_down(work, p, t, after);
   }
 }
 
@@ -306,14 +317,14 @@ void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* af
     for (int64_t p = work.share.begin; p < work.share.end; ++p) {
       const S* gates = work.gates_row(p, i, a.B);
       T* to = state.grad_hidden + (schedule.first(t) + i) * 4 * a.H + p * kUnits<S>;
-      Vec<S> da[4];
       for (int g = 0; g < 4; ++g) {
-        da[g] = row.of(load(gates + g * kUnits<S>), normalized(at, 1, g, p));
-        store_narrow(to + g * a.H, da[g], units_of<S>(p, a.H));
+        const Vec<S> da = row.of(load(gates + g * kUnits<S>), normalized(at, 1, g, p));
+        store_narrow(to + g * a.H, da, units_of<S>(p, a.H));
+        store_narrow(work.handed_row(p, i) + g * kUnits<S>, da);
       }
-      hand_down(at, p, da, after);
     }
   }
+  for (int64_t p = work.share.begin; p < work.share.end; ++p) hand_down(work, p, t, after);
 }
 
 template <class Op>
