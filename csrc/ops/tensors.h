@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kernels/half.h"
+#include "kernels/pages.h"
 #include "kernels/parallel.h"
 #include "kernels/run.h"
 
@@ -76,7 +77,10 @@ inline OptionalTensor row_major(const OptionalTensor& tensor) {
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
                     std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, shape, dtype);
+  const Tensor fresh = torch::stable::new_empty(like, shape, dtype);
+  const size_t bytes = static_cast<size_t>(fresh.numel()) * static_cast<size_t>(fresh.element_size());
+  if (bytes >= 2 * kHugePageBytes && fresh.is_cpu()) advise_huge_pages(fresh.mutable_data_ptr(), bytes);
+  return fresh;
 }
 
 // The dtype of Widened<T>.

@@ -64,11 +64,14 @@ def check_same_device(op: str, tensors: dict[str, Tensor | None]) -> None:
             )
 
 
-def check_float_like(op: str, tensors: dict[str, Tensor | None]) -> None:
-    """The first tensor is of a dtype the kernels of its device have, and the others share its dtype and device."""
+def check_float_like(
+    op: str, tensors: dict[str, Tensor | None], dtypes: Sequence[torch.dtype] | None = None
+) -> None:
+    """The first tensor is of one of the dtypes, or of one that the kernels of its device have, and the others share its
+    dtype and device."""
     (first, tensor), *others = ((n, t) for n, t in tensors.items() if t is not None)
     check_tensor(op, first, tensor)
-    check_dtype(op, first, tensor, float_dtypes(tensor))
+    check_dtype(op, first, tensor, float_dtypes(tensor) if dtypes is None else dtypes)
     for name, other in others:
         check_tensor(op, name, other)
         if other.dtype != tensor.dtype:

@@ -40,8 +40,8 @@ def lstm(
     """Runs one LSTM layer in one direction over all steps.
 
     Args:
-        input: [T, B, I], T at least 1; float32 or float64, on CUDA also bfloat16 or float16, whose sums and cell state
-            are float32. Under autocast on CUDA every tensor is cast to its dtype.
+        input: [T, B, I], T at least 1; float32, float64, bfloat16 or float16. Sums and cell state are float32 for
+            16-bit types. Under autocast every tensor is cast to its dtype.
         h_0, c_0: initial states, [B, P] and [B, H]; P is H without a projection.
         weight_ih: [4*H, I], gates i, f, g, o. weight_hh: [4*H, P].
         bias_ih, bias_hh: [4*H], both or neither.
@@ -57,7 +57,7 @@ def lstm(
             step before (Krueger et al. 2017, https://arxiv.org/abs/1606.01305).
         seed: int64 [], which makes the masks of zoneout. None: their expectation, as for evaluation.
         packed: what :func:`lstm_pack` made of these weights, to save the copy at every call. It is not looked at
-            whether the weights have changed since.
+            whether the weights have changed since. Those of int8 take the place of the weights.
         recompute: on the CPU, keep only outputs and cell states for the backward pass, a third of what it needs
             otherwise, and compute the gates again there.
         return_cells: return the cell states of all steps too.
@@ -90,7 +90,7 @@ def lstm(
         norm_cell,
     )
     masks = _valid_masks(input, lengths, reset, seed, (zoneout_h, zoneout_c))
-    saves = _differentiable(tensors)
+    saves = _saves("lstm", tensors, packed)
     output, h_n, c_n, cells, *_ = torch.ops.llmkern.lstm.default(
         *tensors,
         *masks,
@@ -120,28 +120,52 @@ def lstm_cell(
         "lstm_cell", "B, I", input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
     )
     step, *others = tensors
-    saves = _differentiable(tensors)
+    saves = _saves("lstm_cell", tensors, packed)
     _, h_1, c_1, *_ = torch.ops.llmkern.lstm.default(
         step.unsqueeze(0), *others, packed=packed, save_cells=saves, save_gates=saves
     )
     return h_1, c_1
 
 
-def lstm_pack(weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
+def lstm_pack(
+    weight_ih: Tensor, weight_hh: Tensor, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """The weights in the order in which the CPU kernels read them, for ``lstm(..., packed=...)``.
 
     Args:
-        weight_ih: [4*H, I]. weight_hh: [4*H, H]. On the CPU, float32 or float64.
+        weight_ih: [4*H, I]. weight_hh: [4*H, P]. On the CPU.
+        dtype: their own, or torch.int8 for float32 weights: each row of both is rounded to multiples of its largest
+            magnitude / 127. Sums, states and everything else stay float32; there are no gradients.
 
     Returns:
-        A vector as large as both. Under another instruction set (``llmkern.info()["cpu_isa"]``) it is not used.
+        A vector about as large as both have in that dtype. It is made for the instruction set in use
+        (``llmkern.info()["cpu_isa"]``); under another one the weights are packed anew at every call.
+
+    Raises:
+        TypeError: another dtype is asked for.
     """
-    return torch.ops.llmkern.lstm_pack.default(weight_ih.detach(), weight_hh.detach())
+    if dtype not in (None, weight_hh.dtype) and (dtype, weight_hh.dtype) != (
+        torch.int8,
+        torch.float32,
+    ):
+        raise TypeError(
+            f"llmkern.lstm_pack: expected dtype {_checks.dtype_names([weight_hh.dtype])}, or int8 for float32 "
+            f"weights, got {_checks.dtype_names([dtype])}"
+        )
+    return torch.ops.llmkern.lstm_pack.default(
+        weight_ih.detach(), weight_hh.detach(), dtype == torch.int8
+    )
 
 
-def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
+def _saves(op: str, tensors: Sequence[Tensor | None], packed: Tensor | None) -> bool:
     """Whether there may be a backward pass, which needs what the forward pass computed on the way."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if saves and packed is not None and packed.dtype == torch.int8:
+        raise ValueError(
+            f"llmkern.{op}: expected no gradients with int8 weights, got an argument that requires them; "
+            "call it under torch.no_grad()"
+        )
+    return saves
 
 
 def _valid_masks(
@@ -194,7 +218,7 @@ def _validated(op: str, input_letters: str, *tensors: Tensor | None) -> tuple[An
         ("input", "h_0", "c_0", "weight_ih", "weight_hh"), tensors, strict=False
     ):
         _checks.check_tensor(op, name, tensor)
-    cast = _autocast.cast(*tensors)
+    cast = _autocast.cast(*tensors, sixteen_bits_on_cpu=True)
     _validate(op, input_letters, *cast)  # type: ignore[arg-type]
     return cast
 
@@ -217,7 +241,7 @@ def _validate(
     required |= {"weight_ih": weight_ih, "weight_hh": weight_hh}
     optional = {"bias_ih": bias_ih, "bias_hh": bias_hh, "weight_hr": weight_hr}
     optional |= {"norm_gates": norm_gates, "norm_cell": norm_cell}
-    _checks.check_float_like(op, {**required, **optional})
+    _checks.check_float_like(op, {**required, **optional}, _checks.ANY_FLOAT_DTYPES)
     _checks.check_dim(op, "input", input, input_letters)
     _checks.check_dim(op, "weight_hh", weight_hh, "4*H, H" if weight_hr is None else "4*H, P")
     B, I, P = input.shape[-2], input.shape[-1], weight_hh.shape[1]  # noqa: E741
