@@ -51,7 +51,8 @@ def lstm(
         reset: bool [T, B]: where set, the row's states are zero before that step.
         weight_hr: [P, H]: h_t = W_hr (o * tanh(c_t)) (Sak et al. 2014, https://arxiv.org/abs/1402.1128).
         norm_gates: [2, 4*H], gains of the layer-normalised products W_ih x_t and W_hh h_{t-1}. norm_cell: [2, H], gain
-            and bias of the layer-normalised cell state that makes the output (Ba et al. 2016, as in Haste). Both or neither.
+            and bias of the layer-normalised cell state that makes the output (Ba et al. 2016, as in
+            Haste). Both or neither.
         zoneout_h, zoneout_c: probabilities that an element of the output and of the cell state keeps its value of the
             step before (Krueger et al. 2017, https://arxiv.org/abs/1606.01305).
         seed: int64 [], which makes the masks of zoneout. None: their expectation, as for evaluation.
@@ -163,32 +164,6 @@ def _saves(op: str, tensors: Sequence[Tensor | None], packed: Tensor | None) -> 
             "call it under torch.no_grad()"
         )
     return saves
-
-
-def _valid_masks(
-    input: Tensor,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    seed: Tensor | None,
-    zoneout: tuple[float, float],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if lengths is not None:
-        lengths = _valid_lengths(lengths, input)
-    if reset is not None:
-        T, B = input.shape[:2]
-        _checks.check_tensor("lstm", "reset", reset)
-        _checks.check_dtype("lstm", "reset", reset, [torch.bool])
-        _checks.check_shape("lstm", "reset", reset, "T, B", [T, B])
-        _checks.check_same_device("lstm", {"input": input, "reset": reset})
-    if seed is not None:
-        _checks.check_tensor("lstm", "seed", seed)
-        _checks.check_dtype("lstm", "seed", seed, [torch.int64])
-        _checks.check_shape("lstm", "seed", seed, "", [])
-        _checks.check_same_device("lstm", {"input": input, "seed": seed})
-    for name, p in zip(("zoneout_h", "zoneout_c"), zoneout, strict=True):
-        if not 0 <= p <= 1:
-            raise ValueError(f"llmkern.lstm: expected {name} in [0, 1], got {p}")
-    return lengths, reset, seed
 
 
 def _valid_masks(
@@ -366,7 +341,8 @@ def _lstm_backward_fake(  # type: ignore[no-untyped-def]
     T, B, _ = input.shape
     dense = [input.new_empty(t.shape) for t in (input, h_0, c_0)]
     grad_gates = input.new_empty((0,) if weights else (T, B, weight_ih.shape[0]))
-    wanted = (weight_ih, weight_hh, weight_ih[:, 0], weight_hr, norm_gates, norm_cell)
+    bias = input.new_empty(weight_ih.shape[0])
+    wanted = (weight_ih, weight_hh, bias, weight_hr, norm_gates, norm_cell)
     return (
         *dense,
         grad_gates,
