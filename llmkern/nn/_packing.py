@@ -65,6 +65,8 @@ class PackedWeights:
         inference = not torch.is_grad_enabled()
         if torch.compiler.is_compiling() or not (inference or rows < _ROWS):
             return None
+        if torch.is_autocast_enabled("cpu"):  # the operator takes other weights than these
+            return None
         dtype = self._dtype if inference and weight_hh.dtype == torch.float32 else None
         kept = self._kept.get(index)
         if kept is not None and kept.is_of(weight_ih, weight_hh, dtype):

@@ -127,9 +127,7 @@ def lstm_cell(
     return h_1, c_1
 
 
-def lstm_pack(
-    weight_ih: Tensor, weight_hh: Tensor, *, dtype: torch.dtype | None = None
-) -> Tensor:
+def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """The weights in the order in which the CPU kernels read them, for ``lstm(..., packed=...)``.
 
     Args:

@@ -100,6 +100,7 @@ void multiply(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tile
               bool accumulate) {
   constexpr int64_t width = columns * kLanes<Sum<Op>>, fitting = kPanelBytes / (width * sizeof(Word<Op>));
   constexpr int64_t depth = fitting < kBlockK ? fitting : kBlockK;
+  if (words == 0 && !accumulate) memset(c, 0, static_cast<size_t>(M * width) * sizeof(Sum<Op>));
   for (int64_t k = 0; k < words; k += depth) {
     const int64_t n = words - k < depth ? words - k : depth;
     for (int64_t row = 0; row < M; row += kRows) {
