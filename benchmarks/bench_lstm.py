@@ -7,6 +7,7 @@ from llmkern.benchmark import lstm_options
 from llmkern.benchmark.lstm import (
     cell_training,
     decode,
+    quantized,
     ragged_training,
     sequence,
     training,
@@ -19,7 +20,9 @@ CASES = {
         *(decode(H, dtype=dtype) for dtype in (F32, BF16) for H in (512, 650, 1024)),
         decode(200),
         decode(650, B=20),
+        *(quantized(H, B=1, T=1) for H in (512, 650, 1024)),
         *(sequence(H, B=1, T=256, dtype=dtype) for dtype in (F32, BF16) for H in (512, 1024)),
+        *(quantized(H, B=1, T=256) for H in (512, 1024)),
         training(200, B=20, T=20),
         *(
             training(H, B, T=35, dtype=dtype)

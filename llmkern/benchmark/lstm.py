@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases of the LSTM layer: decoding step by step, reading a sequence, training. I = H, one layer, zero dropout."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ FLOAT_BYTES = 4
 TOLERANCE = 2e-5
 # What torch does by default on a GPU: products of float32 rounded to 10 bits.
 TF32, TF32_TOLERANCE = ", TF32", 2e-2
+# Weights rounded to 8 bits beside their own; and the same with rounded activations.
+DYNAMIC = "nn.LSTM, dynamic int8"
+INT8_TOLERANCE, DYNAMIC_TOLERANCE = 2e-2, 8e-2
 
 State = tuple[Tensor, Tensor]
 LayerRun = Callable[[Tensor, State], tuple[Tensor, State]]
@@ -68,6 +72,24 @@ def sequence(H: int, B: int, T: int, dtype: torch.dtype = torch.float32) -> Case
     name = named(f"sequence-H{H}-B{B}-T{T}", dtype)
     phases = forward_phases(H, H, B, T, dtype.itemsize)
     return Case("lstm", name, build, phases, dtype=dtype)
+
+
+def quantized(H: int, B: int, T: int) -> Case:
+    """Forward with weights of 8 bits and everything else in float32; T = 1 is a decoder's step."""
+
+    def build() -> Workload:
+        _, peer, _ = _layers(H, torch.float32)
+        x, state = torch.randn(T, B, H), _zeros(B, H, torch.float32)
+        layers = {OURS: _quantized(peer), DYNAMIC: _dynamically_quantized(peer), "nn.LSTM": peer}
+        contenders = {
+            name: Contender(lambda run=run: run(x, state))  # type: ignore[misc]
+            for name, run in layers.items()
+        }
+        return Workload(contenders, agreement(INT8_TOLERANCE, {DYNAMIC: DYNAMIC_TOLERANCE}))
+
+    kind = "decode" if T == 1 else "sequence"
+    name = f"{kind}-H{H}-B{B}" + (f"-T{T}" if T > 1 else "") + "-int8"
+    return Case("lstm", name, build, forward_phases(H, H, B, T, size=1))
 
 
 def training(H: int, B: int, T: int, dtype: torch.dtype = torch.float32) -> Case:
@@ -182,6 +204,28 @@ def _layers(H: int, dtype: torch.dtype) -> tuple[llmkern.nn.LSTM, nn.LSTM, nn.LS
     ours.load_state_dict(peer.state_dict())
     cell.load_state_dict({name.removesuffix("_l0"): x for name, x in peer.state_dict().items()})
     return ours, peer, cell
+
+
+def _quantized(layer: nn.LSTM) -> LayerRun:
+    """llmkern's layer, its weights of 8 bits packed beforehand."""
+    weights = [parameter.detach() for parameter in layer.parameters()]
+    packed = llmkern.ops.lstm_pack(weights[0], weights[1], dtype=torch.int8)
+
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+        output, h_n, c_n = llmkern.ops.lstm(x, state[0][0], state[1][0], *weights, packed=packed)
+        return output, (h_n.unsqueeze(0), c_n.unsqueeze(0))
+
+    return run
+
+
+def _dynamically_quantized(layer: nn.LSTM) -> LayerRun:
+    """torch's: activations are rounded to 8 bits too, with a scale for each step's batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        quantize = torch.ao.quantization.quantize_dynamic
+        (quantized,) = quantize(nn.ModuleList([layer]), {nn.LSTM}, dtype=torch.qint8)
+    return quantized  # type: ignore[no-any-return]
 
 
 def _as_configured(name: str, layer: LayerRun, dtype: torch.dtype) -> dict[str, LayerRun]:
