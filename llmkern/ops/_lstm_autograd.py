@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What torch must know of llmkern::lstm and its gradient: shapes of the results, first and second derivatives."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from llmkern.ops import _checks, _lstm_composite
+from llmkern.ops import _checks, _lstm_composite, _lstm_vmap
 
 
 @torch.library.register_fake("llmkern::lstm")
@@ -99,8 +101,8 @@ def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, *_):  # type: ig
     if not ctx.saved:
         raise RuntimeError("llmkern.lstm: expected save_cells=True for a backward pass, got False")
     grad_input, grad_h_0, grad_c_0, _, grad_ih, grad_hh, grad_bias, *grad_variant = (
-        torch.ops.llmkern.lstm_backward.default(
-            grad_output, grad_h_n, grad_c_n, grad_cells, *ctx.saved_tensors, *ctx.options
+        _layer_backward()(
+            grad_output, grad_h_n, grad_c_n, grad_cells, *ctx.saved_tensors, *ctx.options, True
         )
     )
     bias, variant = ctx.saved_tensors[5], ctx.saved_tensors[7:10]
@@ -119,6 +121,7 @@ def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, *_):  # type: ig
 
 # Among the arguments of llmkern::lstm_backward: the gradients from above, what the layer computes with, and the masks.
 _UPSTREAM, _LAYER, _MASKS = slice(0, 4), slice(4, 14), slice(14, 17)
+_SHIFT = 10  # after the layer's tensors: what _lstm_composite.lstm adds to the gates
 
 
 def _save_for_second_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -130,64 +133,120 @@ def _save_for_second_backward(ctx, inputs, output) -> None:  # type: ignore[no-u
 
 
 def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
-    """Differentiates the gradients that the composite layer has; leaves a graph for those who go on."""
-    tensors, go_on = ctx.saved_tensors, torch.is_grad_enabled()
-    needed = ctx.needs_input_grad[: _LAYER.stop]
-    with torch.enable_grad():
-        variables = [_variable(t) for t in tensors[: _LAYER.stop]]
-        upstream, layer = variables[_UPSTREAM], variables[_LAYER]
-        wanted = [g is not None for g in grads]
-        first = _first_gradients(upstream, layer, tensors[_MASKS], ctx.options, ctx.weights, wanted)
-        by = [v if needs else None for v, needs in zip(variables, needed, strict=True)]
-        return *_gradients(first, grads, by, create_graph=go_on), *[None] * 12
+    """Differentiates the gradients of the composite layer; whoever asks for a graph of that gets one."""
+    tensors = ctx.saved_tensors
+    needed = [i for i, needs in enumerate(ctx.needs_input_grad[: _LAYER.stop]) if needs]
+    wanted = [i for i, grad in enumerate(grads) if grad is not None]
+    results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
 
+    def first_gradients(*variables):  # type: ignore[no-untyped-def]
+        given = list(tensors)
+        for i, variable in zip(needed, variables, strict=True):
+            given[i] = variable
+        upstream, layer, masks = given[_UPSTREAM], given[_LAYER], given[_MASKS]
+        return _first_gradients(upstream, layer, masks, ctx.options, ctx.weights, wanted)
 
-def _variable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as something to differentiate by, which hangs on the graph that the tensor hangs on."""
-    if tensor is None:
-        return None
-    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+    _, pullback = _vjp(first_gradients, *[tensors[i] for i in needed])
+    for i, grad in zip(needed, pullback(tuple(grads[i] for i in wanted)), strict=True):
+        results[i] = grad
+    return tuple(results)
 
 
 def _first_gradients(upstream, layer, masks, options, weights, wanted):  # type: ignore[no-untyped-def]
-    """What llmkern::lstm_backward returns, as far as it is wanted, each a differentiable function of everything."""
-    input, h_0, c_0, weight_ih, weight_hh, _, _, *variant = layer
-    (T, B, _), dtype = input.shape, input.dtype
-    shift = input.new_zeros(T, B, weight_ih.shape[0], dtype=_checks.widened(dtype))
-    shift.requires_grad_()
-    outputs = _lstm_composite.lstm(*layer, *masks, **options, shift=shift)
-    # Those of the weights, or else that of the gates; that of a bias is the sum of the latter.
-    by = [
-        input,
-        h_0,
-        c_0,
-        *((None, weight_ih, weight_hh, shift, *variant) if weights else (shift, *[None] * 6)),
-    ]
-    by = [b if wants else None for b, wants in zip(by, wanted, strict=True)]
-    grads = _gradients(outputs, upstream, by, create_graph=True)
-    grads[3] = None if grads[3] is None else grads[3].to(dtype)
-    grads[6] = None if grads[6] is None else grads[6].sum((0, 1)).to(dtype)
-    return grads
+    """Those of the results of llmkern::lstm_backward that are wanted, differentiable themselves."""
+    (T, B, _), gates, dtype = layer[0].shape, layer[3].shape[0], layer[0].dtype
+    shift = layer[0].new_zeros(T, B, gates, dtype=_checks.widened(dtype))
+    # The results' places in the layer; the gradient of the gates is that of the shift, and of a bias their sum.
+    places = (0, 1, 2, _SHIFT, 3, 4, _SHIFT, 7, 8, 9)
+    by = sorted({places[i] for i in wanted if weights or i < 4})
+    used = [i for i, grad in enumerate(upstream) if grad is not None]
+
+    def outputs_of(*variables):  # type: ignore[no-untyped-def]
+        given = [*layer, shift]
+        for i, variable in zip(by, variables, strict=True):
+            given[i] = variable
+        *tensors, shifted = given
+        outputs = _lstm_composite.lstm(*tensors, *masks, **options, shift=shifted)
+        return tuple(outputs[i] for i in used)
+
+    _, pullback = _vjp(outputs_of, *[[*layer, shift][i] for i in by])
+    found = dict(zip(by, pullback(tuple(upstream[i] for i in used)), strict=True))
+    if weights and _SHIFT in found:
+        found[_SHIFT] = found[_SHIFT].sum((0, 1))
+    empty = layer[0].new_zeros(0)
+    return tuple(found[places[i]].to(dtype) if places[i] in found else empty for i in wanted)
 
 
-def _gradients(results, upstream, by, create_graph):  # type: ignore[no-untyped-def]
-    """torch.autograd.grad over lists in which anything may be None."""
-    used = [
-        (r, u)
-        for r, u in zip(results, upstream, strict=True)
-        if r is not None and r.requires_grad and u is not None
-    ]
-    given = [b for b in by if b is not None]
-    if not used or not given:
-        return [None] * len(by)
-    outputs, above = zip(*used, strict=True)
-    found = iter(
-        torch.autograd.grad(outputs, given, above, create_graph=create_graph, allow_unused=True)
-    )
-    return [None if b is None else next(found) for b in by]
+def _vjp(f, *primals):  # type: ignore[no-untyped-def]
+    """torch.func.vjp, which refuses to run beside hooks for saved tensors, for the world outside of torch.func too."""
+    if torch._C._are_functorch_transforms_active():
+        return torch.func.vjp(f, *primals)
+    go_on = torch.is_grad_enabled()
+    with torch.enable_grad():
+        variables = [
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in primals
+        ]
+        outputs = f(*variables)
+
+    def pullback(upstream):  # type: ignore[no-untyped-def]
+        pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
+        if not pairs or not variables:
+            return [torch.zeros_like(v) for v in variables]
+        return torch.autograd.grad(
+            [o for o, _ in pairs],
+            variables,
+            [u for _, u in pairs],
+            create_graph=go_on,
+            materialize_grads=True,
+        )
+
+    return outputs, pullback
 
 
 torch.library.register_autograd("llmkern::lstm", _backward, setup_context=_save_for_backward)
 torch.library.register_autograd(
     "llmkern::lstm_backward", _second_backward, setup_context=_save_for_second_backward
 )
+
+
+class Layer(torch.autograd.Function):
+    """llmkern::lstm under the transforms of torch.func, which no gradient registered with torch.library serves."""
+
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.llmkern.lstm.default(*args)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _lstm_vmap.layer(Layer.apply, info, in_dims, *args)
+
+
+class LayerBackward(torch.autograd.Function):
+    """llmkern::lstm_backward under the transforms of torch.func."""
+
+    setup_context = staticmethod(_save_for_second_backward)
+    backward = staticmethod(_second_backward)
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.llmkern.lstm_backward.default(*args)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _lstm_vmap.backward(LayerBackward.apply, info, in_dims, *args)
+
+
+def operator() -> Any:
+    """What runs a layer: the operator, or its stand-in under torch.func. Either takes every argument by position."""
+    if torch._C._are_functorch_transforms_active():
+        return Layer.apply
+    return torch.ops.llmkern.lstm.default
+
+
+def _layer_backward() -> Any:
+    if torch._C._are_functorch_transforms_active():
+        return LayerBackward.apply
+    return torch.ops.llmkern.lstm_backward.default

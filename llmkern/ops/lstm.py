@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from llmkern.ops import _autocast, _checks, _lstm_composite
-from llmkern.ops import _lstm_autograd as _lstm_autograd  # registers shapes, gradients and vmap
+from llmkern.ops import _autocast, _checks, _lstm_autograd, _lstm_composite
 
 
 def lstm(
@@ -91,8 +91,12 @@ def lstm(
         norm_cell,
     )
     masks = _valid_masks(input, lengths, reset, seed, (zoneout_h, zoneout_c))
+    variant = any(t is not None for t in (weight_hr, norm_gates, reset))
+    if _beyond_kernels(tensors[0], variant or zoneout_h > 0 or zoneout_c > 0 or return_cells):
+        results = _lstm_composite.lstm(*tensors, *masks, zoneout_h, zoneout_c, reverse)
+        return results if return_cells else results[:3]
     saves = _differentiable(tensors)
-    output, h_n, c_n, cells, *_ = torch.ops.llmkern.lstm.default(
+    output, h_n, c_n, cells, *_ = _lstm_autograd.operator()(
         *tensors,
         *masks,
         packed,
@@ -122,8 +126,8 @@ def lstm_cell(
     )
     step, *others = tensors
     saves = _differentiable(tensors)
-    _, h_1, c_1, *_ = torch.ops.llmkern.lstm.default(
-        step.unsqueeze(0), *others, packed=packed, save_cells=saves, save_gates=saves
+    _, h_1, c_1, *_ = _lstm_autograd.operator()(
+        step.unsqueeze(0), *others, *[None] * 3, packed, 0.0, 0.0, False, saves, saves
     )
     return h_1, c_1
 
@@ -138,6 +142,11 @@ def lstm_pack(weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
         A vector as large as both. Under another instruction set (``llmkern.info()["cpu_isa"]``) it is not used.
     """
     return torch.ops.llmkern.lstm_pack.default(weight_ih.detach(), weight_hh.detach())
+
+
+def _beyond_kernels(input: Tensor, variant: bool) -> bool:
+    """Whether this takes the composite layer: variants on CUDA, and derivatives in forward mode (torch.func.jvp)."""
+    return (variant and input.is_cuda) or forward_ad._current_level >= 0
 
 
 def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
