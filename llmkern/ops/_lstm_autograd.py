@@ -100,12 +100,11 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, *_):  # type: ignore[no-untyped-def]
     if not ctx.saved:
         raise RuntimeError("llmkern.lstm: expected save_cells=True for a backward pass, got False")
+    saved = ctx.saved_tensors  # once: a checkpoint computes them for a single look
     grad_input, grad_h_0, grad_c_0, _, grad_ih, grad_hh, grad_bias, *grad_variant = (
-        _layer_backward()(
-            grad_output, grad_h_n, grad_c_n, grad_cells, *ctx.saved_tensors, *ctx.options, True
-        )
+        _layer_backward()(grad_output, grad_h_n, grad_c_n, grad_cells, *saved, *ctx.options, True)
     )
-    bias, variant = ctx.saved_tensors[5], ctx.saved_tensors[7:10]
+    bias, variant = saved[5], saved[7:10]
     return (
         grad_input,
         grad_h_0,

@@ -15,8 +15,8 @@ from torch import Tensor
 from llmkern.ops import _checks
 
 _EPS = 1e-5
-# Of csrc/kernels/mask.h.
-_ZONEOUT_CELL, _ZONEOUT_HIDDEN = 0, 1
+# Purpose of csrc/kernels/philox.h.
+_ZONEOUT_CELL, _ZONEOUT_HIDDEN = 3, 4
 
 
 def lstm(

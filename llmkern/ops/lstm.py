@@ -127,7 +127,7 @@ def lstm_cell(
     step, *others = tensors
     saves = _differentiable(tensors)
     _, h_1, c_1, *_ = _lstm_autograd.operator()(
-        step.unsqueeze(0), *others, *[None] * 3, packed, 0.0, 0.0, False, saves, saves
+        step.unsqueeze(0), *others, *[None] * 6, packed, 0.0, 0.0, False, saves, saves
     )
     return h_1, c_1
 
@@ -187,8 +187,11 @@ def _valid_lengths(lengths: Tensor, input: Tensor) -> Tensor:
     _checks.check_shape("lstm", "lengths", lengths, "B", [B])
     _checks.check_same_device("lstm", {"input": input, "lengths": lengths})
     if (
-        lengths.is_cuda or torch.compiler.is_compiling()
-    ):  # looking at the values would wait for them
+        lengths.is_cuda
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
+    ):
+        # Looking at the values would wait for them, or cannot be done.
         return lengths.clamp(0, T).to(torch.int64)
     wrong = ((lengths < 0) | (lengths > T)).nonzero()
     if len(wrong):

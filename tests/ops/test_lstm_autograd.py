@@ -113,15 +113,6 @@ def test_output_changed_before_the_backward_pass():
         h_n.sum().backward()
 
 
-def test_second_derivatives_are_refused():
-    arguments = [t.requires_grad_() for t in layer(SHAPE)]
-    (grad,) = torch.autograd.grad(
-        llmkern.ops.lstm(*arguments)[0].sum(), arguments[0], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match=r"llmkern\.lstm: .*second derivatives; use torch\.nn"):
-        grad.sum().backward()
-
-
 def loss_of(*arguments):
     output, h_n, c_n = llmkern.ops.lstm(*arguments)
     return output.square().sum() + h_n.sum() - c_n.sum()
