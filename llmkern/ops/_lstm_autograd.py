@@ -4,7 +4,6 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmkern.ops import _checks, _lstm_composite, _lstm_vmap
 
@@ -136,7 +135,7 @@ def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     tensors = ctx.saved_tensors
     needed = [i for i, needs in enumerate(ctx.needs_input_grad[: _LAYER.stop]) if needs]
     wanted = [i for i, grad in enumerate(grads) if grad is not None]
-    results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    results = [None] * len(ctx.needs_input_grad)
 
     def first_gradients(*variables):  # type: ignore[no-untyped-def]
         given = list(tensors)
@@ -155,9 +154,12 @@ def _first_gradients(upstream, layer, masks, options, weights, wanted):  # type:
     """Those of the results of llmkern::lstm_backward that are wanted, differentiable themselves."""
     (T, B, _), gates, dtype = layer[0].shape, layer[3].shape[0], layer[0].dtype
     shift = layer[0].new_zeros(T, B, gates, dtype=_checks.widened(dtype))
-    # The results' places in the layer; the gradient of the gates is that of the shift, and of a bias their sum.
-    places = (0, 1, 2, _SHIFT, 3, 4, _SHIFT, 7, 8, 9)
-    by = sorted({places[i] for i in wanted if weights or i < 4})
+    # Where the layer has what a result is the gradient of. That of the gates is that of the shift; of a bias, its sum.
+    places = {0: 0, 1: 1, 2: 2, 3: _SHIFT}
+    if weights:
+        places = {0: 0, 1: 1, 2: 2, 4: 3, 5: 4, 6: _SHIFT}
+        places |= {i: i for i in (7, 8, 9) if layer[i] is not None}
+    by = sorted({places[i] for i in wanted if i in places})
     used = [i for i, grad in enumerate(upstream) if grad is not None]
 
     def outputs_of(*variables):  # type: ignore[no-untyped-def]
@@ -173,7 +175,7 @@ def _first_gradients(upstream, layer, masks, options, weights, wanted):  # type:
     if weights and _SHIFT in found:
         found[_SHIFT] = found[_SHIFT].sum((0, 1))
     empty = layer[0].new_zeros(0)
-    return tuple(found[places[i]].to(dtype) if places[i] in found else empty for i in wanted)
+    return tuple(found[places[i]].to(dtype) if i in places else empty for i in wanted)
 
 
 def _vjp(f, *primals):  # type: ignore[no-untyped-def]

@@ -53,7 +53,7 @@ def backward(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None],
     first = h_0.unsqueeze(0)
     previous = torch.cat([output[1:], first] if reverse else [first, output[:-1]])
     previous = previous if reset is None else previous.masked_fill(reset.unsqueeze(2), 0)
-    grad_gates, x, h = per_row[3], *_unfold((input, previous), (1, 1), n)[0]
+    grad_gates, (x, h) = per_row[3], _unfold((input, previous), (1, 1), n)[0]
     grads = (
         torch.einsum("tnbg,tnbi->ngi", grad_gates, x),
         torch.einsum("tnbg,tnbi->ngi", grad_gates, h),
@@ -89,11 +89,8 @@ def _one_by_one(
 
 
 def _fold(
-    tensors: Sequence[Tensor | None],
-    in_dims: Sequence[int | None],
-    dims: Sequence[int | None],
-    n: int,
-) -> list[Tensor | None]:
+    tensors: Sequence[Any], in_dims: Sequence[int | None], dims: Sequence[int | None], n: int
+) -> list[Any]:
     """Every tensor with n times the rows: [.., B, ..] as [.., n * B, ..]."""
     folded = []
     for tensor, at, dim in zip(tensors, in_dims, dims, strict=False):

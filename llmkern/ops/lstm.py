@@ -93,7 +93,7 @@ def lstm(
     masks = _valid_masks(input, lengths, reset, seed, (zoneout_h, zoneout_c))
     variant = any(t is not None for t in (weight_hr, norm_gates, reset))
     if _beyond_kernels(tensors[0], variant or zoneout_h > 0 or zoneout_c > 0 or return_cells):
-        results = _lstm_composite.lstm(*tensors, *masks, zoneout_h, zoneout_c, reverse)
+        results = _lstm_composite.lstm(*(*tensors, *masks, zoneout_h, zoneout_c, reverse))
         return results if return_cells else results[:3]
     saves = _differentiable(tensors)
     output, h_n, c_n, cells, *_ = _lstm_autograd.operator()(
@@ -125,6 +125,8 @@ def lstm_cell(
         "lstm_cell", "B, I", input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
     )
     step, *others = tensors
+    if _beyond_kernels(step, variant=False):
+        return _lstm_composite.lstm(step.unsqueeze(0), *others)[1:3]
     saves = _differentiable(tensors)
     _, h_1, c_1, *_ = _lstm_autograd.operator()(
         step.unsqueeze(0), *others, *[None] * 6, packed, 0.0, 0.0, False, saves, saves

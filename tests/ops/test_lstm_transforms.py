@@ -217,8 +217,10 @@ def test_forward_mode():
         assert_close(ours, sum((j.flatten(-t.dim()) @ t.flatten()) for j, t in terms))
 
 
+@forward_mode
 def test_cell():
-    cell = llmkern.nn.LSTMCell(I, H, dtype=torch.float64)
+    cell, theirs = (m.LSTMCell(I, H, dtype=torch.float64) for m in (llmkern.nn, torch.nn))
+    theirs.load_state_dict(cell.state_dict())
     x, h, c = (torch.randn(N, n, dtype=torch.float64) for n in (I, H, H))
     parameters = dict(cell.named_parameters())
 
@@ -230,3 +232,8 @@ def test_cell():
         one = grad(loss, argnums=(0, 1))(parameters, x[n], h[n], c[n])
         assert_all_close({k: v[n] for k, v in got[0].items()}, one[0])
         assert_close(got[1][n], one[1])
+
+    def along(module):
+        return jvp(lambda x: module(x, (h, c)), (x,), (x.cos(),))[1]
+
+    assert_all_close(along(cell), along(theirs))
