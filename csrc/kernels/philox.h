@@ -11,10 +11,10 @@
 
 namespace llmkern {
 
-namespace {
-
 // What a random number is for: part of the counter, so that one seed never gives the same number twice.
-enum class Purpose : uint32_t { kSample = 1 };
+enum class Purpose : uint32_t { kSample = 1, kDropout = 2, kZoneoutCell = 3, kZoneoutHidden = 4 };
+
+namespace {
 
 struct Philox {
   uint32_t words[4];

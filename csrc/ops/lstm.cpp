@@ -236,7 +236,9 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
   const bool norm = given.norm_gates.has_value(), projection = given.weight_hr.has_value();
   saved_any.check(n, dtype, wide, norm);
-  if (!weights && given.lengths) fail(kName, "expected weights=True beside lengths, got False");
+  if (!weights && (given.lengths || !given.is_plain())) {
+    fail(kName, "expected weights=True beside lengths and variants, got False");
+  }
   const Layer layer = given.contiguous();
   const Saved saved = saved_any.contiguous();
   check_values(layer.lengths, n.T);

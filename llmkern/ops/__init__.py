@@ -3,6 +3,7 @@
 
 from llmkern.ops._deferred import raise_deferred_errors
 from llmkern.ops.cross_entropy import linear_cross_entropy
+from llmkern.ops import dropout as _dropout  # noqa: F401
 from llmkern.ops.embedding import embedding
 from llmkern.ops.lstm import lstm, lstm_cell, lstm_pack
 from llmkern.ops.sampling import SampleOutput, sample

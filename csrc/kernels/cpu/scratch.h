@@ -2,6 +2,7 @@
 // Working memory that a thread keeps: a fresh buffer of some megabytes costs more in page faults than the work in it.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -30,6 +31,21 @@ T* scratch(Slot slot, int64_t count) {
     if (buffer.memory == nullptr) throw std::bad_alloc();
   }
   return static_cast<T*>(buffer.memory);
+}
+
+// Cuts a slot into arrays of these sizes, each aligned to a cache line.
+template <class T, size_t n>
+std::array<T*, n> carve(Slot slot, const int64_t (&sizes)[n]) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  int64_t total = 0;
+  for (int64_t size : sizes) total += (size + kLine - 1) / kLine * kLine;
+  T* memory = scratch<T>(slot, total);
+  std::array<T*, n> arrays;
+  for (size_t i = 0; i < n; ++i) {
+    arrays[i] = memory;
+    memory += (sizes[i] + kLine - 1) / kLine * kLine;
+  }
+  return arrays;
 }
 
 // Memory for one call, uninitialised; for sizes that depend on data and may never come again.
