@@ -109,7 +109,7 @@ def _masks(
     """Of every step: where zoneout keeps the value of the step before, [B, columns]."""
     if seed is None or p == 0:
         return repeat(None)
-    mask = torch.ops.llmkern.keep_mask.default(seed, purpose, T * B, columns, p)
+    mask = torch.ops.llmkern.mask.default(seed, purpose, T * B, columns, p)
     return mask.view(T, B, columns).unbind()
 
 

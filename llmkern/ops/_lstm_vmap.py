@@ -24,7 +24,8 @@ _GRADIENTS = (*_STATES, 1)
 def layer(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
     """The vmap rule of llmkern::lstm; ``call`` runs it."""
     *_, zoneout_h, zoneout_c, _, _, _ = args
-    if not _foldable(_FORWARD, in_dims, args[12], zoneout_h, zoneout_c):
+    masks = args[12] is not None and (zoneout_h > 0 or zoneout_c > 0)  # a row's place is in them
+    if masks or not _foldable(_FORWARD, in_dims):
         return _one_by_one(call, info.batch_size, in_dims, args)
     n, tensors = info.batch_size, len(_FORWARD)
     results = call(*_fold(args[:tensors], in_dims, _FORWARD, n), *args[tensors:])
@@ -34,14 +35,9 @@ def layer(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *a
 def backward(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
     """The vmap rule of llmkern::lstm_backward; ``call`` runs it."""
     *_, zoneout_h, zoneout_c, reverse, weights = args
-    input, weight_hr, norm_gates, lengths, seed = (args[i] for i in (4, 11, 12, 14, 16))
-    # Of these the gradients of the gates, all that the rows have on their own, do not tell the rest.
-    beyond = lengths is not None or weight_hr is not None or norm_gates is not None
-    if (
-        input.is_cuda
-        or (weights and beyond)
-        or not _foldable(_BACKWARD, in_dims, seed, zoneout_h, zoneout_c)
-    ):
+    # Elsewhere the gradients of the gates, all that rows have on their own, do not tell those of the weights.
+    plain = all(args[i] is None for i in (11, 12, 14, 15)) and zoneout_h == zoneout_c == 0
+    if not plain or args[4].is_cuda or not _foldable(_BACKWARD, in_dims):
         return _one_by_one(call, info.batch_size, in_dims, args)
     n, tensors = info.batch_size, len(_BACKWARD)
     folded = _fold(args[:tensors], in_dims, _BACKWARD, n)
@@ -49,10 +45,9 @@ def backward(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None],
     per_row, dims = _unfold(results[:4], _GRADIENTS, n)
     if not weights:
         return (*per_row, *results[4:]), (*dims, *[None] * 6)
-    input, h_0, reset, output = (folded[i] for i in (4, 5, 15, 17))
+    input, h_0, output = (folded[i] for i in (4, 5, 17))
     first = h_0.unsqueeze(0)
     previous = torch.cat([output[1:], first] if reverse else [first, output[:-1]])
-    previous = previous if reset is None else previous.masked_fill(reset.unsqueeze(2), 0)
     grad_gates, (x, h) = per_row[3], _unfold((input, previous), (1, 1), n)[0]
     grads = (
         torch.einsum("tnbg,tnbi->ngi", grad_gates, x),
@@ -63,18 +58,9 @@ def backward(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None],
     return (*per_row[:3], absent[0], *grads, *absent), (*dims[:3], None, 0, 0, 0, *[None] * 3)
 
 
-def _foldable(
-    dims: Sequence[int | None],
-    in_dims: Sequence[int | None],
-    seed: Tensor | None,
-    zoneout_h: float,
-    zoneout_c: float,
-) -> bool:
-    shared = all(
-        at is None or dim is not None for at, dim in zip(in_dims, dims, strict=False)
-    )  # numbers are never mapped
-    masks = seed is not None and (zoneout_h > 0 or zoneout_c > 0)  # they depend on the row's place
-    return shared and not masks
+def _foldable(dims: Sequence[int | None], in_dims: Sequence[int | None]) -> bool:
+    """Whether nothing is mapped but what has rows."""
+    return all(at is None or dim is not None for at, dim in zip(in_dims, dims, strict=False))
 
 
 def _one_by_one(

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The composite layer: variants by what they must equal, second and third derivatives, where it takes over."""
+"""The composite layer: variants, second and third derivatives, where it takes over."""
 
 import importlib
-import itertools
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import llmkern
 from llmkern.ops import _lstm_composite
 from tests.conftest import assert_close
 from tests.ops.test_lstm import layer, run, torch_lstm, upstream_of
+from tests.ops.test_lstm_variants import COMBINATIONS, by_formula, problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,40 +30,6 @@ def variant(shape=(T, B, I, H), dtype=torch.float64, projected=P) -> dict[str, T
     return {name: (torch.randn(s) / 2).to(dtype) for name, s in shapes.items()}
 
 
-def row_by_row(arguments, reverse, lengths=None, reset=None, zoneout_h=0.0, zoneout_c=0.0):
-    """csrc/kernels/lstm.h for one row at a time, without masks: output, h_n, c_n, cells."""
-    a = {"bias_ih": 0, "bias_hh": 0, **arguments}
-
-    def normalized(v):
-        return (v - v.mean()) / torch.sqrt(v.var(correction=0) + 1e-5)
-
-    T, B, _ = a["input"].shape
-    P, H = a["h_0"].shape[1], a["c_0"].shape[1]
-    output, cells = torch.zeros(T, B, P).double(), torch.zeros(T, B, H).double()
-    h_n, c_n = a["h_0"].clone(), a["c_0"].clone()
-    for b in range(B):
-        times = range(T if lengths is None else lengths[b])
-        for t in reversed(times) if reverse else times:
-            h, c = h_n[b], c_n[b]
-            if reset is not None and reset[t, b]:
-                h, c = torch.zeros(P).double(), torch.zeros(H).double()
-            from_x, from_h = a["weight_ih"] @ a["input"][t, b], a["weight_hh"] @ h
-            if "norm_gates" in a:
-                u_ih, u_hh = a["norm_gates"]
-                from_x, from_h = normalized(from_x) * u_ih, normalized(from_h) * u_hh
-            i, f, g, o = (from_x + from_h + a["bias_ih"] + a["bias_hh"]).split(H)
-            c_t = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            shown = c_t
-            if "norm_cell" in a:
-                shown = normalized(c_t) * a["norm_cell"][0] + a["norm_cell"][1]
-            h_t = o.sigmoid() * shown.tanh()
-            if "weight_hr" in a:
-                h_t = a["weight_hr"] @ h_t
-            h_n[b] = output[t, b] = zoneout_h * h + (1 - zoneout_h) * h_t
-            c_n[b] = cells[t, b] = zoneout_c * c + (1 - zoneout_c) * c_t
-    return output, h_n, c_n, cells
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 3, 7, 13), (3, 0, 4, 5)], ids=str)
 def test_plain_layer_is_that_of_the_kernels(shape, reverse):
@@ -74,21 +40,14 @@ def test_plain_layer_is_that_of_the_kernels(shape, reverse):
         assert_close(a, b)
 
 
-OPTIONAL = ("bias", "weight_hr", "norm", "lengths", "reset", "zoneout")
-
-
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("chosen", list(itertools.product([False, True], repeat=6)), ids=str)
-def test_variants_equal_the_formula_row_by_row(chosen, reverse):
-    on = dict(zip(OPTIONAL, chosen, strict=True))
-    arguments = variant(projected=P if on["weight_hr"] else H)
-    for name in [n for n in arguments for o in OPTIONAL if n.startswith(o) and not on[o]]:
-        del arguments[name]
-    masks = {"lengths": LENGTHS} if on["lengths"] else {}
-    masks |= {"reset": torch.rand(T, B) < 0.3} if on["reset"] else {}
-    masks |= {"zoneout_h": 0.3, "zoneout_c": 0.6} if on["zoneout"] else {}
-    got = composite(**arguments, **masks, reverse=reverse)
-    for ours, truth in zip(got, row_by_row(arguments, reverse, **masks), strict=True):
+@pytest.mark.parametrize("chosen", COMBINATIONS, ids=lambda v: "+".join(sorted(v)) or "plain")
+def test_variants_equal_the_formula(chosen, reverse):
+    leaves, options = problem((4, 3, 2, 5, 3), chosen)
+    with torch.no_grad():
+        got = composite(**leaves, **options, reverse=reverse)
+        expected = by_formula(**leaves, **options, reverse=reverse)
+    for ours, truth in zip(got, expected, strict=True):
         assert_close(ours, truth)
 
 
@@ -120,20 +79,17 @@ def test_what_lies_beyond_a_length_reaches_no_gradient():
     assert grads[0][:, 1].count_nonzero() == 0
 
 
-SECOND = {
-    "plain": {},
-    "reverse": {"reverse": True},
-    "lengths": {"lengths": torch.tensor([1, 3])},
-    "lengths reverse": {"lengths": torch.tensor([1, 3]), "reverse": True},
-}
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("chosen", COMBINATIONS, ids=lambda v: "+".join(sorted(v)) or "plain")
+def test_gradgradcheck(chosen, reverse):
+    leaves, options = problem((3, 2, 2, 3, 2), chosen)
+    options |= {"reverse": reverse, "return_cells": reverse}
 
+    def run(*values):
+        return llmkern.ops.lstm(**dict(zip(leaves, values, strict=True)), **options)
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("options", SECOND.values(), ids=SECOND)
-def test_gradgradcheck(options, bias):
-    arguments = [t.requires_grad_() for t in layer((3, 2, 2, 3), bias)]
     assert torch.autograd.gradgradcheck(
-        lambda *a: llmkern.ops.lstm(*a, **options), arguments, check_undefined_grad=False
+        run, list(leaves.values()), check_undefined_grad=False, fast_mode=len(chosen) != 1
     )
 
 
