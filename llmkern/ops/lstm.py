@@ -239,7 +239,7 @@ def _validate(
     H = P if weight_hr is None else weight_hh.shape[0] // 4
     for what, there in (("time step", input.dim() == 2 or input.shape[0]), ("hidden unit", H * P)):
         if not there:
-            raise ValueError(
+            raise _checks.ShapeError(
                 f"llmkern.{op}: expected at least one {what}, got input of shape {list(input.shape)} "
                 f"and weight_hh of shape {list(weight_hh.shape)}"
             )
