@@ -117,17 +117,19 @@ def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, *_):  # type: ig
     )
 
 
-# Among the arguments of llmkern::lstm_backward: the gradients from above, what the layer computes with, and the masks.
-_UPSTREAM, _LAYER, _MASKS = slice(0, 4), slice(4, 14), slice(14, 17)
+# Among the arguments of llmkern::lstm_backward: the gradients from above, what the layer computes with, its masks, and
+# after what the forward pass saved, its numbers.
+_UPSTREAM, _LAYER, _MASKS, _OPTIONS = slice(0, 4), slice(4, 14), slice(14, 17), slice(22, 26)
 _SHIFT = 10  # after the layer's tensors: what _lstm_composite.lstm adds to the gates
 
 
 def _save_for_second_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, zoneout_h, zoneout_c, reverse, weights = inputs
+    zoneout_h, zoneout_c, reverse, ctx.weights = inputs[_OPTIONS]
     ctx.options = {"zoneout_h": zoneout_h, "zoneout_c": zoneout_c, "reverse": reverse}
-    ctx.weights = weights
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors[: _MASKS.stop])  # the rest are functions of them
+    ctx.save_for_backward(
+        *inputs[: _MASKS.stop]
+    )  # what the forward pass saved is a function of them
 
 
 def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]

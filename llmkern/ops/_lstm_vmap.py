@@ -23,23 +23,23 @@ _GRADIENTS = (*_STATES, 1)
 
 def layer(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
     """The vmap rule of llmkern::lstm; ``call`` runs it."""
-    *_, zoneout_h, zoneout_c, _, _, _ = args
+    n, tensors = info.batch_size, len(_FORWARD)
+    zoneout_h, zoneout_c = args[tensors : tensors + 2]
     masks = args[12] is not None and (zoneout_h > 0 or zoneout_c > 0)  # a row's place is in them
     if masks or not _foldable(_FORWARD, in_dims):
-        return _one_by_one(call, info.batch_size, in_dims, args)
-    n, tensors = info.batch_size, len(_FORWARD)
+        return _one_by_one(call, n, in_dims, args)
     results = call(*_fold(args[:tensors], in_dims, _FORWARD, n), *args[tensors:])
     return _unfold(results, _RESULTS, n)
 
 
 def backward(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
     """The vmap rule of llmkern::lstm_backward; ``call`` runs it."""
-    *_, zoneout_h, zoneout_c, reverse, weights = args
+    n, tensors = info.batch_size, len(_BACKWARD)
+    zoneout_h, zoneout_c, reverse, weights = args[tensors : tensors + 4]
     # Elsewhere the gradients of the gates, all that rows have on their own, do not tell those of the weights.
     plain = all(args[i] is None for i in (11, 12, 14, 15)) and zoneout_h == zoneout_c == 0
     if not plain or args[4].is_cuda or not _foldable(_BACKWARD, in_dims):
-        return _one_by_one(call, info.batch_size, in_dims, args)
-    n, tensors = info.batch_size, len(_BACKWARD)
+        return _one_by_one(call, n, in_dims, args)
     folded = _fold(args[:tensors], in_dims, _BACKWARD, n)
     results = call(*folded, zoneout_h, zoneout_c, reverse, False)
     per_row, dims = _unfold(results[:4], _GRADIENTS, n)

@@ -18,7 +18,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # torch's own, of its float32 layers with projections.
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
 
 OURS = {torch.nn.LSTM: llmkern.nn.LSTM, torch.nn.LSTMCell: llmkern.nn.LSTMCell}
 INFOS = [info for info in module_db if info.module_cls in OURS]
