@@ -54,8 +54,8 @@ def backward(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None],
         torch.einsum("tnbg,tnbi->ngi", grad_gates, h),
         grad_gates.sum((0, 2)),
     )
-    absent = results[3 + 4 :]
-    return (*per_row[:3], absent[0], *grads, *absent), (*dims[:3], None, 0, 0, 0, *[None] * 3)
+    none, _, _, *variant = results[4:]
+    return (*per_row[:3], none, *grads, *variant), (*dims[:3], None, 0, 0, 0, *[None] * 3)
 
 
 def _foldable(dims: Sequence[int | None], in_dims: Sequence[int | None]) -> bool:

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module
 import llmkern
 from tests.conftest import assert_close
 from tests.ops.test_lstm import layer, torch_lstm
+from tests.ops.test_lstm_variants import NAMES, problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,35 +72,56 @@ def test_mapped_arguments(dims, reverse):
     assert_all_close(got, [torch.stack(r) for r in zip(*[both(*s) for s in samples], strict=True)])
 
 
+RESET = torch.arange(N * T * B).reshape(N, T, B) % 5 == 0
+# Tensors, where they are mapped, and numbers.
 OPTIONS = {
-    "lengths": {"lengths": torch.tensor([5, 2])},
-    "mapped lengths": {"lengths": torch.tensor([[5, 2], [0, 1], [3, 3]])},
+    "lengths": ({"lengths": torch.tensor([5, 2])}, None, {}),
+    "mapped lengths": ({"lengths": torch.tensor([[5, 2], [0, 1], [3, 3]])}, 0, {}),
+    "reset": ({"reset": RESET[0]}, None, {}),
+    "mapped reset": ({"reset": RESET}, 0, {}),
+    "zoneout": ({}, None, {"zoneout_h": 0.3, "zoneout_c": 0.5}),
+    "zoneout by a seed": ({"seed": torch.tensor(3)}, None, {"zoneout_h": 0.3, "zoneout_c": 0.5}),
+    "a mapped seed": ({"seed": torch.tensor([3, 1, 4])}, 0, {"zoneout_h": 0.3}),
 }
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options(options, reverse):
-    arguments, dims = layer(SHAPE), IN_DIMS["input"]
-    stacked, samples = mapped(arguments, dims)
-    names = list(options)
-    values = [options[name] for name in names]
-    option_dims = [0 if "mapped" in key else None for key, o in OPTIONS.items() if o is options]
+@pytest.mark.parametrize(("options", "dim", "numbers"), OPTIONS.values(), ids=OPTIONS)
+def test_options(options, dim, numbers, reverse):
+    """With the same seed every sample has the same masks, those it would have alone."""
+    stacked, samples = mapped(layer(SHAPE), IN_DIMS["input"])
 
-    def both(arguments, values):
+    def both(arguments, options):
         def loss(*a):
-            return loss_of(*a, **dict(zip(names, values, strict=True)), reverse=reverse)
+            return loss_of(*a, **options, **numbers, reverse=reverse)
 
         return loss(*arguments), grad(loss, argnums=tuple(range(7)))(*arguments)
 
-    got = vmap(both, in_dims=(list(dims), option_dims))(stacked, values)
+    got = vmap(both, in_dims=(list(IN_DIMS["input"]), dim))(stacked, options)
     each = [
-        both(s, [v if d is None else v[n] for v, d in zip(values, option_dims, strict=True)])
+        both(s, {name: o if dim is None else o[n] for name, o in options.items()})
         for n, s in enumerate(samples)
     ]
     losses, grads = zip(*each, strict=True)
     expected = torch.stack(losses), [torch.stack(g) for g in zip(*grads, strict=True)]
     assert_all_close(got, expected)
+
+
+@pytest.mark.parametrize("chosen", [{"projection"}, {"layer_norm"}, set(NAMES)], ids=str)
+def test_variants(chosen):
+    """Per-sample gradients of what only some layers have."""
+    leaves, options = problem((T, B, I, H, 3), chosen)
+    leaves = {name: leaf.detach() for name, leaf in leaves.items()}
+    x = leaves.pop("input")
+    xs = torch.stack([x, -x, x / 2])
+
+    def loss(leaves, x):
+        return llmkern.ops.lstm(x, **leaves, **options)[0].square().sum()
+
+    got = vmap(grad(loss, argnums=(0, 1)), in_dims=(None, 0))(leaves, xs)
+    for n, x in enumerate(xs):
+        expected = grad(loss, argnums=(0, 1))(leaves, x)
+        assert_all_close(torch.utils._pytree.tree_map(lambda t, n=n: t[n], got), expected)
 
 
 def twins(**options):
