@@ -40,6 +40,10 @@ def lstm(
 ) -> tuple[Tensor, ...]:
     """Runs one LSTM layer in one direction over all steps.
 
+    Differentiable any number of times, under torch.func too. Second derivatives, derivatives in forward mode, and on
+    CUDA projections, layer norm, zoneout, resets and ``return_cells`` have no kernels of their own: plain operations of
+    torch take their place, step by step, and more slowly.
+
     Args:
         input: [T, B, I], T at least 1; float32 or float64, on CUDA also bfloat16 or float16, whose sums and cell state
             are float32. Under autocast on CUDA every tensor is cast to its dtype.
