@@ -5,6 +5,7 @@ import llmkern
 
 lstm = llmkern.nn.LSTM(256, 512, num_layers=2)        # instead of torch.nn.LSTM
 output, (h_n, c_n) = lstm(torch.randn(35, 20, 256))   # [T, B, I] -> [T, B, H]
+llmkern.convert(model)                                # or all such layers of a model, in place
 drawn = llmkern.ops.sample(logits, temperature=0.8, top_p=0.9, seed=1)
 """
 
@@ -16,10 +17,11 @@ _native.load()
 
 from llmkern import nn, ops  # noqa: E402  (they use the operators that load() registers)
 from llmkern._info import info  # noqa: E402
+from llmkern.nn.conversion import convert, revert  # noqa: E402
 
 try:
     __version__ = version("llmkern")
 except PackageNotFoundError:  # a source tree with the library built in place, never installed
     __version__ = "0+source"
 
-__all__ = ["__version__", "info", "nn", "ops"]
+__all__ = ["__version__", "convert", "info", "nn", "ops", "revert"]

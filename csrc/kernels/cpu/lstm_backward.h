@@ -44,6 +44,7 @@ struct Backward {
     T* dh;      // [B][kUnits]: of one panel
     T* hidden;  // [panels][B][kUnits]: the gradient of o * tanh(c); with layer norm, then that of normalised c
     T* gates;   // [panels][B][kGatesWidth]: da, with layer norm
+    Zoneouts<T> zoneouts;
 
     T* hidden_row(int64_t panel, int64_t i, int64_t B) const {
       return hidden + ((panel - share.begin) * B + i) * kUnits<T>;
@@ -84,7 +85,7 @@ struct Backward {
   Vec<T> previous_cell(const Token& at, int64_t panel) const;
   Vec<T> new_cell(const Token& at, int64_t panel, Vec<T> before) const;
   Unit output_gradient(const Token& at, int64_t panel, Vec<T> hidden) const;
-  void gate_gradients(const Token& at, int64_t panel, const Unit& unit, Vec<T> (&da)[4]) const;
+  void gate_gradients(const Work& work, const Token& at, int64_t panel, const Unit& unit, Vec<T> (&da)[4]) const;
   void hand_down(const Token& at, int64_t panel, const Vec<T> (&da)[4], T* after) const;
 };
 
@@ -93,7 +94,7 @@ typename Backward<T>::Work Backward<T>::work(const Share& share) const {
   const int64_t size = (share.end - share.begin) * a.B * kUnits<T>;
   const auto [dh, hidden, gates] =
       carve<T>(Slot::kPackedA, {round_up(a.B, kBackwardRows) * kUnits<T>, size, norm() ? 4 * size : 0});
-  return {share, dh, hidden, gates};
+  return {share, dh, hidden, gates, Zoneouts<T>::of(a.variant, a.B, a.H, a.P, share)};
 }
 
 template <class T>
@@ -116,7 +117,7 @@ void Backward<T>::carry(const Work& work, int64_t panel, int64_t t, const T* abo
     const int64_t row = schedule.row(i);
     T* running = a.grad_h_0 + row * a.P + panel * kUnits<T>;
     Vec<T> dh = load(work.dh + i * kUnits<T>);
-    if (a.variant.zoneout_h > 0) dh += load(running, n);
+    if (work.zoneouts.hidden.any()) dh += load(running, n);
     if (resets(a.variant, t, row, a.B)) dh = Vec<T>{};
     store(running, dh, n);
   }
@@ -131,8 +132,8 @@ void Backward<T>::hidden_gradient(const Work& work, int64_t panel, int64_t t) co
     T* running = a.grad_h_0 + row * a.P + first;
     Vec<T> dh = load(running, n);
     if (a.grad_output != nullptr) dh += load(a.grad_output + token * a.P + first, n);
-    if (a.variant.zoneout_h > 0) {
-      const Vec<T> z = zoneout(a.variant, Purpose::kZoneoutHidden, a.variant.zoneout_h, token, a.P, first);
+    if (work.zoneouts.hidden.any()) {
+      const Vec<T> z = work.zoneouts.hidden.at(i, panel);
       store(running, z * dh, n);
       dh = (1 - z) * dh;
     }
@@ -182,15 +183,16 @@ typename Backward<T>::Unit Backward<T>::output_gradient(const Token& at, int64_t
 
 // da of all four gates, and dc of the step before: grad_c_0 is the running dc.
 template <class T>
-void Backward<T>::gate_gradients(const Token& at, int64_t panel, const Unit& unit, Vec<T> (&da)[4]) const {
+void Backward<T>::gate_gradients(const Work& work, const Token& at, int64_t panel, const Unit& unit,
+                                 Vec<T> (&da)[4]) const {
   const int64_t H = a.H, first = panel * kUnits<T>, n = units_of<T>(panel, H), token = at.t * a.B + at.row;
   const Vec<T> i = gate(at, 0, panel), f = gate(at, 1, panel), g = gate(at, 2, panel),
                before = previous_cell(at, panel);
   T* running = a.grad_c_0 + at.row * H + first;
   Vec<T> kept = load(running, n), past = {};
   if (a.grad_cells != nullptr) kept += load(a.grad_cells + token * H + first, n);
-  if (a.variant.zoneout_c > 0) {
-    const Vec<T> z = zoneout(a.variant, Purpose::kZoneoutCell, a.variant.zoneout_c, token, H, first);
+  if (work.zoneouts.cell.any()) {
+    const Vec<T> z = work.zoneouts.cell.at(at.i, panel);
     past = z * kept;
     kept = (1 - z) * kept;
   }
@@ -218,7 +220,7 @@ void Backward<T>::run_step(const Work& work, int64_t t, T* after) const {
     for (int64_t i = 0; i < schedule.active(t); ++i) {
       const Token at = token(t, i);
       Vec<T> da[4];
-      gate_gradients(at, p, output_gradient(at, p, load(work.hidden_row(p, i, a.B))), da);
+      gate_gradients(work, at, p, output_gradient(at, p, load(work.hidden_row(p, i, a.B))), da);
       hand_down(at, p, da, after);
     }
   }
@@ -261,7 +263,7 @@ void Backward<T>::run_normalized_step(const Work& work, int64_t t, T* after) con
       const Vec<T> x = (new_cell(at, p, previous_cell(at, p)) - scales[2]) * scales[3];
       T* gates = work.gates_row(p, i, a.B);
       Vec<T> da[4], normal[4];
-      gate_gradients(at, p, {cell.of(load(work.hidden_row(p, i, a.B)), x), load(gates + 3 * kUnits<T>)}, da);
+      gate_gradients(work, at, p, {cell.of(load(work.hidden_row(p, i, a.B)), x), load(gates + 3 * kUnits<T>)}, da);
       for (int g = 0; g < 4; ++g) {
         da[g] *= load(a.variant.norm_gates + (4 + g) * a.H + first, n);
         normal[g] = normalized(at, 1, g, p);
@@ -295,6 +297,7 @@ void Backward<T>::run(const Share& share) const {
   for (int64_t s = schedule.steps(); s >= 0; --s) {  // s = steps: nothing above the last step; s = 0: only dh of h_0
     share.barrier.wait();                            // da is complete, and nobody reads the one before any more
     const int64_t t = s > 0 ? schedule.time(s - 1) : -1;
+    if (s > 0) mine.zoneouts.draw(schedule, a.B, t);
     for (int64_t p = outputs.begin; p < outputs.end; ++p) {
       if (s < schedule.steps()) carry(mine, p, schedule.time(s), da_tiles[s % 2]);
       if (s > 0) hidden_gradient(mine, p, t);

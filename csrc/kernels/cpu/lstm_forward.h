@@ -3,10 +3,6 @@
 #pragma once
 
 #include "kernels/cpu/lstm_variant.h"
-#include "kernels/cpu/schedule.h"
-#include "kernels/cpu/team.h"
-#include "kernels/cpu/tiles.h"
-#include "kernels/lstm.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
@@ -28,13 +24,6 @@ void copy_or_zero(T* to, const T* from, int64_t count) {
   }
 }
 
-// A worker's share of the panels of the output: that of the panels of hidden units, without a projection.
-template <class T>
-Share projected(const Share& share, int64_t H, int64_t P) {
-  const int64_t panels = panels_of<T>(H), projected_panels = panels_of<T>(P);
-  return {share.begin * projected_panels / panels, share.end * projected_panels / panels, share.barrier};
-}
-
 template <class T>
 struct Forward {
   const LstmForward<T>& a;
@@ -53,6 +42,7 @@ struct Forward {
     T* sums;           // [together][panels][B][kGatesWidth]: gates before activation
     T* products;       // [panels][B][kGatesWidth]: those of h alone, with layer norm
     T* projection;     // [B][kUnits]
+    Zoneouts<T> zoneouts;
 
     int64_t panels() const { return share.end - share.begin; }
     T* row(T* of_panels, int64_t panel, int64_t i, int64_t B) const {
@@ -81,9 +71,9 @@ struct Forward {
   void run_normalized_step(const Work& work, int64_t step) const;
   void normalize_row(const Work& work, int64_t t, int64_t i, T* sums) const;
   void project(const Work& work, int64_t t, T* after) const;
-  Unit activate(int64_t panel, int64_t i, int64_t t, const T* sums) const;
-  void emit(int64_t panel, int64_t i, int64_t t, Vec<T> hidden, T* after) const;
-  void emit_hidden(int64_t panel, int64_t i, int64_t t, Vec<T> hidden, T* after) const;
+  Unit activate(const Work& work, int64_t panel, int64_t i, int64_t t, const T* sums) const;
+  void emit(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<T> hidden, T* after) const;
+  void emit_hidden(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<T> hidden, T* after) const;
 };
 
 template <class T>
@@ -93,7 +83,7 @@ typename Forward<T>::Work Forward<T>::work(const Share& share) const {
   T* tiles = scratch<T>(Slot::kPackedA, together * a.B * a.I);
   const int64_t of_products = norm() ? size : 0, of_projection = projects() ? a.B * kUnits<T> : 0;
   const auto [sums, products, projection] = carve<T>(Slot::kPackedB, {together * size, of_products, of_projection});
-  return {share, together, tiles, sums, products, projection};
+  return {share, together, tiles, sums, products, projection, Zoneouts<T>::of(a.variant, a.B, a.H, a.P, share)};
 }
 
 // h_0 of the rows whose first step this is, the share's columns.
@@ -161,7 +151,8 @@ void Forward<T>::normalize_inputs(const Work& work, int64_t step, int64_t steps)
 
 // From the finished sums of a row and panel to its gates and cell.
 template <class T>
-typename Forward<T>::Unit Forward<T>::activate(int64_t panel, int64_t i, int64_t t, const T* sums) const {
+typename Forward<T>::Unit Forward<T>::activate(const Work& work, int64_t panel, int64_t i, int64_t t,
+                                               const T* sums) const {
   const int64_t H = a.H, first = panel * kUnits<T>, n = units_of<T>(panel, H), row = schedule.row(i);
   const int64_t state = row * H + first, token = t * a.B + row;
   Vec<T> gate[4];
@@ -173,30 +164,27 @@ typename Forward<T>::Unit Forward<T>::activate(int64_t panel, int64_t i, int64_t
   }
   const Vec<T> before = resets(a.variant, t, row, a.B) ? Vec<T>{} : load(a.c_n + state, n);
   const Vec<T> cell = fma(gate[1], before, gate[0] * gate[2]);
-  Vec<T> kept = cell;
-  if (a.variant.zoneout_c > 0) {
-    kept = mix(zoneout(a.variant, Purpose::kZoneoutCell, a.variant.zoneout_c, token, H, first), before, cell);
-  }
+  const Vec<T> kept = work.zoneouts.cell.any() ? mix(work.zoneouts.cell.at(i, panel), before, cell) : cell;
   store(a.c_n + state, kept, n);
   if (a.cells != nullptr) store(a.cells + token * H + first, kept, n);
   return {gate[3], cell};
 }
 
 template <class T>
-void Forward<T>::emit(int64_t panel, int64_t i, int64_t t, Vec<T> hidden, T* after) const {
-  if (!projects()) return emit_hidden(panel, i, t, hidden, after);
+void Forward<T>::emit(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<T> hidden, T* after) const {
+  if (!projects()) return emit_hidden(work, panel, i, t, hidden, after);
   scatter<kForwardRows>(hidden, units_of<T>(panel, a.H), unprojected_tiles, i, panel * kUnits<T>, a.B, a.H);
 }
 
 // A panel of h of this step: to the output, and to the tiles of the next step.
 template <class T>
-void Forward<T>::emit_hidden(int64_t panel, int64_t i, int64_t t, Vec<T> hidden, T* after) const {
+void Forward<T>::emit_hidden(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<T> hidden, T* after) const {
   const int64_t P = a.P, first = panel * kUnits<T>, n = units_of<T>(panel, P), row = schedule.row(i);
   const int64_t token = t * a.B + row, before = schedule.time_before(t), next = schedule.time_after(t);
-  if (a.variant.zoneout_h > 0) {
+  if (work.zoneouts.hidden.any()) {
     const T* from = i < schedule.active(before) ? a.output + (before * a.B + row) * P : a.h_0 + row * P;
     const Vec<T> h_prev = resets(a.variant, t, row, a.B) ? Vec<T>{} : load(from + first, n);
-    hidden = mix(zoneout(a.variant, Purpose::kZoneoutHidden, a.variant.zoneout_h, token, P, first), h_prev, hidden);
+    hidden = mix(work.zoneouts.hidden.at(i, panel), h_prev, hidden);
   }
   store(a.output + token * P + first, hidden, n);
   if (i >= schedule.active(next)) return store(a.h_n + row * P + first, hidden, n);  // its last step
@@ -213,8 +201,8 @@ void Forward<T>::run_step(const Work& work, int64_t step) const {
     T* of_panel = work.row(sums, p, 0, a.B);
     multiply<T, kForwardRows, 4>(active, a.B, a.P, before, panel_weights(p) + a.I * kGatesWidth<T>, of_panel, true);
     for (int64_t i = 0; i < active; ++i) {
-      const Unit unit = activate(p, i, t, of_panel + i * kGatesWidth<T>);
-      emit(p, i, t, unit.output_gate * tanh(unit.cell), after);
+      const Unit unit = activate(work, p, i, t, of_panel + i * kGatesWidth<T>);
+      emit(work, p, i, t, unit.output_gate * tanh(unit.cell), after);
     }
   }
 }
@@ -243,7 +231,7 @@ void Forward<T>::run_normalized_step(const Work& work, int64_t step) const {
       const T *unit = work.row(work.products, p, i, a.B), *gain = a.variant.norm_cell + p * kUnits<T>;
       const int64_t n = units_of<T>(p, a.H);
       const Vec<T> normalized = (load(unit + kUnits<T>) - moments.mean) * moments.scale;
-      emit(p, i, t, load(unit) * tanh(fma(normalized, load(gain, n), load(gain + a.H, n))), after);
+      emit(work, p, i, t, load(unit) * tanh(fma(normalized, load(gain, n), load(gain + a.H, n))), after);
     }
   }
 }
@@ -258,7 +246,7 @@ void Forward<T>::normalize_row(const Work& work, int64_t t, int64_t i, T* sums) 
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     T *row = work.row(work.products, p, i, a.B), *inputs = work.row(sums, p, i, a.B);
     scale_gates(row, moments, a.variant.norm_gates + 4 * a.H, p, a.H, inputs, saved, inputs);
-    const Unit unit = activate(p, i, t, inputs);
+    const Unit unit = activate(work, p, i, t, inputs);
     store(row, unit.output_gate);
     store(row + kUnits<T>, unit.cell);
     const Vec<T> cells[1] = {unit.cell};
@@ -274,7 +262,7 @@ void Forward<T>::project(const Work& work, int64_t t, T* after) const {
   for (int64_t p = share.begin; p < share.end; ++p) {
     multiply<T, kForwardRows, 1>(active, a.B, a.H, unprojected_tiles, packed_hr + p * a.H * kUnits<T>, work.projection,
                                  false);
-    for (int64_t i = 0; i < active; ++i) emit_hidden(p, i, t, load(work.projection + i * kUnits<T>), after);
+    for (int64_t i = 0; i < active; ++i) emit_hidden(work, p, i, t, load(work.projection + i * kUnits<T>), after);
   }
 }
 
@@ -288,6 +276,7 @@ void Forward<T>::run(const Share& share) const {
       if (norm()) normalize_inputs(mine, step, steps);
     }
     begin_rows(mine, step, hidden_tiles[step % 2]);
+    mine.zoneouts.draw(schedule, a.B, schedule.time(step));
     share.barrier.wait();  // h is complete, and nobody reads the one before any more
     norm() ? run_normalized_step(mine, step) : run_step(mine, step);
     if (!projects()) continue;

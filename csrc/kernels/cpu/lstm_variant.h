@@ -4,10 +4,12 @@
 
 #include <cmath>
 
+#include "kernels/cpu/mask_bits.h"
+#include "kernels/cpu/schedule.h"
 #include "kernels/cpu/scratch.h"
+#include "kernels/cpu/team.h"
 #include "kernels/cpu/tiles.h"
 #include "kernels/lstm.h"
-#include "kernels/mask.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
@@ -23,16 +25,73 @@ bool resets(const LstmVariant<T>& variant, int64_t t, int64_t row, int64_t B) {
   return variant.reset != nullptr && variant.reset[t * B + row];
 }
 
-// 1 where an element keeps its value of the step before, 0 where it does not, p everywhere without a seed.
+// What zoneout holds of h or of c, for the panels of one worker and the rows of one step.
 template <class T>
-Vec<T> zoneout(const LstmVariant<T>& variant, Purpose purpose, double p, int64_t row, int64_t columns, int64_t first) {
-  if (variant.seed == nullptr) return broadcast(static_cast<T>(p));
-  const int64_t group = row * mask_groups(columns) + first / kMaskGroup;
-  const uint32_t bits = mask_bits(make_mask(*variant.seed, purpose, p), group) >> (first % kMaskGroup);
-  T lane[kLanes<T>];
-  for (int i = 0; i < kLanes<T>; ++i) lane[i] = static_cast<T>(bits >> i & 1);
-  return load(lane);
+class Zoneout {
+ public:
+  // `bits` has room for B * mask_groups(columns).
+  Zoneout(const LstmVariant<T>& variant, Purpose purpose, double p, int64_t columns, const Share& panels,
+          uint16_t* bits)
+      : p_(p),
+        drawn_(p > 0 && variant.seed != nullptr),
+        mask_(make_mask(drawn_ ? *variant.seed : 0, purpose, p)),
+        groups_of_row_(mask_groups(columns)),
+        first_(panels.begin * kUnits<T> / kMaskGroup),
+        bits_(bits) {
+    const int64_t end = panels.end * kUnits<T> < columns ? panels.end * kUnits<T> : columns;
+    groups_ = mask_groups(end) - first_;
+  }
+
+  bool any() const { return p_ > 0; }
+
+  // Masks of the rows of time t, which at() then takes by i.
+  void draw(const Schedule& schedule, int64_t B, int64_t t) const {
+    if (!drawn_) return;
+    for (int64_t i = 0; i < schedule.active(t); ++i) {
+      const int64_t row = t * B + schedule.row(i);
+      draw_mask(mask_, row * groups_of_row_ + first_, groups_, bits_ + i * groups_);
+    }
+  }
+
+  // 1 where an element keeps its value of the step before, 0 where it does not; p everywhere without a seed.
+  Vec<T> at(int64_t i, int64_t panel) const {
+    if (!drawn_) return broadcast(static_cast<T>(p_));
+    return mask_lanes<T>(bits_ + i * groups_, panel * kUnits<T> - first_ * kMaskGroup) ? broadcast(T{1}) : Vec<T>{};
+  }
+
+ private:
+  double p_;
+  bool drawn_;
+  Mask mask_;
+  int64_t groups_of_row_, first_, groups_;
+  uint16_t* bits_;
+};
+
+// A worker's share of the panels of the output: that of the panels of hidden units, without a projection.
+template <class T>
+Share projected(const Share& share, int64_t H, int64_t P) {
+  const int64_t panels = panels_of<T>(H), projected_panels = panels_of<T>(P);
+  return {share.begin * projected_panels / panels, share.end * projected_panels / panels, share.barrier};
 }
+
+// Both masks of zoneout.
+template <class T>
+struct Zoneouts {
+  Zoneout<T> hidden, cell;
+
+  static Zoneouts of(const LstmVariant<T>& v, int64_t B, int64_t H, int64_t P, const Share& share) {
+    const int64_t of_hidden = v.zoneout_h > 0 ? B * mask_groups(P) : 0,
+                  of_cell = v.zoneout_c > 0 ? B * mask_groups(H) : 0;
+    const auto [hidden, cell] = carve<uint16_t>(Slot::kMasks, {of_hidden, of_cell});
+    return {Zoneout<T>(v, Purpose::kZoneoutHidden, v.zoneout_h, P, projected<T>(share, H, P), hidden),
+            Zoneout<T>(v, Purpose::kZoneoutCell, v.zoneout_c, H, share, cell)};
+  }
+
+  void draw(const Schedule& schedule, int64_t B, int64_t t) const {
+    hidden.draw(schedule, B, t);
+    cell.draw(schedule, B, t);
+  }
+};
 
 // z * before + (1 - z) * after, and exactly one of the two where z is 1 or 0.
 template <class V>

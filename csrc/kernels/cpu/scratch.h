@@ -11,7 +11,7 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 
 // One buffer a purpose and thread, so that a kernel may call another one while it holds its own.
-enum class Slot { kPackedA, kPackedB, kKernel, kGates, kCount };
+enum class Slot { kPackedA, kPackedB, kKernel, kGates, kMasks, kCount };
 
 // At least `count` elements, aligned to a cache line, uninitialised, valid until this thread asks for the slot again.
 template <class T>
