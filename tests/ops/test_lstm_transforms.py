@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 
 import llmkern
@@ -259,3 +260,35 @@ def test_cell():
         return jvp(lambda x: module(x, (h, c)), (x,), (x.cos(),))[1]
 
     assert_all_close(along(cell), along(theirs))
+
+
+@forward_mode
+@pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
+def test_dual_numbers(name):
+    """The same without torch.func, among parameters that want gradients."""
+    ours, theirs = (getattr(m, name)(I, H, dtype=torch.float64) for m in (llmkern.nn, torch.nn))
+    theirs.load_state_dict(ours.state_dict())
+    x, along = torch.randn(2, N, I, dtype=torch.float64)
+    tangents = []
+    for module in (ours, theirs):
+        with forward_ad.dual_level():
+            output = module(forward_ad.make_dual(x, along))[0]
+            tangents.append(forward_ad.unpack_dual(output).tangent)
+    assert_close(*tangents)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_second_derivatives_of_a_loop_over_cells(steps):
+    ours, theirs = (m.LSTMCell(I, H, dtype=torch.float64) for m in (llmkern.nn, torch.nn))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(N, I, dtype=torch.float64, requires_grad=True)
+    seconds = []
+    for cell in (ours, theirs):
+        state = None
+        for _ in range(steps):
+            state = cell(x, state)
+        loss = state[0].square().sum() + state[1].sin().sum()
+        wanted = [x, *cell.parameters()]
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), wanted))
+    assert_all_close(*seconds)
