@@ -3,21 +3,36 @@
 
 import torch
 
-from llmkern.benchmark.lstm import cell_training, decode, sequence, training
+from llmkern.benchmark import lstm_options
+from llmkern.benchmark.lstm import (
+    cell_training,
+    decode,
+    quantized,
+    ragged_training,
+    sequence,
+    training,
+)
 
-BF16, FP16 = torch.bfloat16, torch.float16
+F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+OPTIONS = ("layer-norm", "zoneout", "weight-dropout", "locked-dropout")
 CASES = {
     "cpu": [
-        *(decode(H) for H in (200, 512, 650, 1024)),
+        *(decode(H, dtype=dtype) for dtype in (F32, BF16) for H in (512, 650, 1024)),
+        decode(200),
         decode(650, B=20),
-        *(sequence(H, B=1, T=256) for H in (512, 1024)),
+        *(quantized(H, B=1, T=1) for H in (512, 650, 1024)),
+        *(sequence(H, B=1, T=256, dtype=dtype) for dtype in (F32, BF16) for H in (512, 1024)),
+        *(quantized(H, B=1, T=256) for H in (512, 1024)),
         training(200, B=20, T=20),
-        training(650, B=20, T=35),
-        training(650, B=64, T=35),
-        training(1024, B=20, T=35),
-        training(1024, B=64, T=35),
-        training(1150, B=20, T=35),
+        *(
+            training(H, B, T=35, dtype=dtype)
+            for dtype in (F32, BF16)
+            for B in (20, 64)
+            for H in (200, 650, 1024, 1150)
+        ),
+        *(ragged_training(H, B=32, T=500) for H in (64, 256)),
         cell_training(512, B=20, T=70),
+        *(lstm_options.training(option, 650, B=20, T=35) for option in OPTIONS),
     ],
     "cuda": [
         training(650, B=20, T=35, dtype=BF16),

@@ -61,6 +61,7 @@ def check() -> list[Check]:
 def _check_isa(isa: str) -> Iterator[Check]:
     torch.ops.llmkern.select_cpu_isa(isa)
     cases: dict[str, Callable[[torch.dtype], Pairs]] = {
+        "dropout": _dropout,
         "embedding": _embedding,
         "lstm": _lstm,
         "linear_cross_entropy": _linear_cross_entropy,
@@ -86,6 +87,18 @@ def _random(dtype: torch.dtype, *shape: int) -> Tensor:
     return (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5).to(dtype)
 
 
+def _dropout(dtype: torch.dtype) -> Pairs:
+    x = _random(dtype, 4, 9, 65).requires_grad_()
+    output = ops.dropout(x, 0.3, locked=True, seed=5)
+    upstream = _random(dtype, *output.shape)
+    (grad,) = torch.autograd.grad(output, x, upstream)
+    pairs = (output, x.detach()), (grad, upstream)
+    return [
+        (got.reshape(36, 65), _reference.dropout(values.reshape(36, 65).numpy(), 5, 0.3, 9))
+        for got, values in pairs
+    ]
+
+
 def _embedding(dtype: torch.dtype) -> Pairs:
     table = _random(dtype, 37, 65).requires_grad_()
     ids = torch.arange(100) * 7 % 37
@@ -99,21 +112,42 @@ def _embedding(dtype: torch.dtype) -> Pairs:
 
 
 def _lstm(dtype: torch.dtype) -> Pairs:
-    T, B, I, H = 6, 5, 33, 70  # noqa: E741
-    shapes = [(T, B, I), (B, H), (B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
-    inputs = [_random(dtype, *shape).requires_grad_() for shape in shapes]
+    T, B, I, H, P = 6, 5, 33, 70, 20  # noqa: E741
+    inputs = _lstm_inputs(dtype, T, B, I, H, H)
+    pairs = _lstm_pairs(inputs, {}, {}) + _lstm_pairs(inputs, {}, {"reverse": True})
+    parameters: dict[str, Any] = {
+        "weight_hr": _random(dtype, P, H).requires_grad_(),
+        "norm_gates": (_random(dtype, 2, 4 * H) + 1).detach().requires_grad_(),
+        "norm_cell": (_random(dtype, 2, H) + 1).detach().requires_grad_(),
+    }
+    options: dict[str, Any] = {
+        "zoneout_h": 0.2,
+        "zoneout_c": 0.4,
+        "seed": torch.tensor(3),
+        "reset": torch.arange(T * B).view(T, B) % 7 == 0,
+        "lengths": torch.tensor([T, 2, 0, T - 1, T]),
+    }
+    return pairs + _lstm_pairs(_lstm_inputs(dtype, T, B, I, H, P), parameters, options)
+
+
+def _lstm_inputs(dtype: torch.dtype, T: int, B: int, I: int, H: int, P: int) -> list[Tensor]:  # noqa: E741
+    shapes = [(T, B, I), (B, P), (B, H), (4 * H, I), (4 * H, P), (4 * H,), (4 * H,)]
+    return [_random(dtype, *shape).requires_grad_() for shape in shapes]
+
+
+def _lstm_pairs(inputs: list[Tensor], parameters: dict[str, Any], options: dict[str, Any]) -> Pairs:
+    lstm: Callable[..., tuple[Tensor, ...]] = ops.lstm
+    outputs = lstm(*inputs, **parameters, **options, return_cells=True)
+    upstream = [_random(output.dtype, *output.shape) for output in outputs]
+    # The biases have the same gradient.
+    grads = torch.autograd.grad(outputs, [*inputs[:6], *parameters.values()], upstream)
     arrays = [tensor.detach().numpy() for tensor in inputs]
-    pairs: Pairs = []
-    for reverse in (False, True):
-        outputs = ops.lstm(*inputs, reverse=reverse)
-        upstream = [_random(dtype, *output.shape) for output in outputs]
-        grads = torch.autograd.grad(outputs, inputs[:6], upstream)
-        expected = _reference.lstm_backward(
-            *(grad.numpy() for grad in upstream), *arrays, reverse=reverse
-        )
-        pairs += zip(outputs, _reference.lstm(*arrays, reverse=reverse), strict=True)
-        pairs += zip(grads, expected, strict=True)
-    return pairs
+    named = {name: tensor.detach().numpy() for name, tensor in parameters.items()}
+    named |= {k: v.numpy() if isinstance(v, Tensor) else v for k, v in options.items()}
+    *above, cells = (grad.numpy() for grad in upstream)
+    results = _reference.lstm(*arrays, **named, return_cells=True)
+    expected = _reference.lstm_backward(*above, *arrays, **named, grad_cells=cells)
+    return [*zip(outputs, results, strict=True), *zip(grads, expected, strict=True)]
 
 
 def _linear_cross_entropy(dtype: torch.dtype) -> Pairs:

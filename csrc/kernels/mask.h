@@ -19,9 +19,10 @@
 namespace llmkern {
 
 constexpr int64_t kMaskGroup = 16;
-constexpr int64_t mask_groups(int64_t columns) { return (columns + kMaskGroup - 1) / kMaskGroup; }
 
 namespace {  // one copy an instruction-set build: the linker must not merge them
+
+LLMKERN_HOST_DEVICE constexpr int64_t mask_groups(int64_t columns) { return (columns + kMaskGroup - 1) / kMaskGroup; }
 
 struct Mask {
   uint64_t seed;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.llmkern.mask: schema, checks, allocation, launch. The math is in kernels/mask.h and kernels/dropout.h.
+// torch.ops.llmkern.dropout and mask: schema, checks, allocation, launch. The math is in kernels/dropout.h and mask.h.
 #include "kernels/dropout.h"
 
 #include "ops/cuda.h"
@@ -35,14 +35,72 @@ Tensor mask_cpu(const Tensor& seed, int64_t purpose, int64_t rows, int64_t colum
   return mask;
 }
 
+// The sizes of kernels/dropout.h, from x as rows of its last dimension.
+struct Sizes {
+  int64_t N, D, R;
+};
+
+Sizes check_dropout(const Tensor& x, const Tensor& seed, double p, int64_t period) {
+  check_draw("dropout", seed, p);
+  const int64_t D = x.dim() > 0 ? x.size(x.dim() - 1) : 1;
+  if (x.numel() == 0) return {0, D, 0};
+  if (period <= 0 || period % D != 0 || x.numel() % period != 0) {
+    fail("dropout", "expected a period that is a multiple of the last dimension and divides x, got ", period,
+         " for shape ", shape_text(x));
+  }
+  return {x.numel() / D, D, period / D};
+}
+
+Tensor dropout_cpu(const Tensor& x_any, const Tensor& seed, double p, int64_t period) {
+  const Sizes n = check_dropout(x_any, seed, p, period);
+  const Tensor x = row_major(x_any), out = torch::stable::new_empty(x, x.sizes());
+  for_storage_dtype("dropout", "x", x, [&](auto value) {
+    using T = decltype(value);
+    cpu::run(Dropout<T>{data<T>(x), data<int64_t>(seed), mutable_data<T>(out), n.N, n.D, n.R, p}, torch_parallel());
+  });
+  return out;
+}
+
+#ifdef LLMKERN_WITH_CUDA
+Tensor mask_cuda(const Tensor& seed, int64_t purpose, int64_t rows, int64_t columns, double p) {
+  const Tensor mask = empty_mask(seed, purpose, rows, columns, p);
+  const OnCuda cuda(seed);
+  cuda::run(DrawMask{data<int64_t>(seed), mutable_data<bool>(mask), rows, columns, valid_purpose(purpose), p},
+            cuda.stream());
+  return mask;
+}
+
+Tensor dropout_cuda(const Tensor& x_any, const Tensor& seed, double p, int64_t period) {
+  const Sizes n = check_dropout(x_any, seed, p, period);
+  const OnCuda cuda(x_any);
+  const Tensor x = row_major(x_any), out = torch::stable::new_empty(x, x.sizes());
+  for_storage_dtype("dropout", "x", x, [&](auto value) {
+    using T = decltype(value);
+    cuda::run(Dropout<T>{data<T>(x), data<int64_t>(seed), mutable_data<T>(out), n.N, n.D, n.R, p}, cuda.stream());
+  });
+  return out;
+}
+#endif
+
 }  // namespace
 
 #ifndef LLMKERN_SIMT
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def("mask(Tensor seed, int purpose, SymInt rows, SymInt columns, float p) -> Tensor");
+  m.def("dropout(Tensor x, Tensor seed, float p, SymInt period) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) { m.impl("mask", TORCH_BOX(&mask_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
+  m.impl("mask", TORCH_BOX(&mask_cpu));
+  m.impl("dropout", TORCH_BOX(&dropout_cpu));
+}
+#endif
+
+#ifdef LLMKERN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) {
+  m.impl("mask", TORCH_BOX(&mask_cuda));
+  m.impl("dropout", TORCH_BOX(&dropout_cuda));
+}
 #endif
 
 }  // namespace llmkern::ops

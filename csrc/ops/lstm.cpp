@@ -2,6 +2,7 @@
 // torch.ops.llmkern.lstm and its gradient: schema, checks, allocation, launch. The math is in kernels/lstm.h.
 #include "kernels/lstm.h"
 
+#include <cstring>
 #include <tuple>
 
 #include "ops/cuda.h"
@@ -133,24 +134,76 @@ Saved Saved::contiguous() const {
           row_major(cells),       row_major(gates),    row_major(normalized), row_major(scales)};
 }
 
-int64_t packed_elements(ScalarType dtype, int64_t I, int64_t H, int64_t P) {
-  return dtype == ScalarType::Double ? lstm_packed_elements<double>(I, H, P) : lstm_packed_elements<float>(I, H, P);
+int64_t bytes_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Char:
+      return 1;
+    default:
+      return 2;
+  }
 }
 
-Tensor lstm_pack_cpu(const Tensor& weight_ih_any, const Tensor& weight_hh_any) {
+// What packed weights take under the instruction set in use.
+int64_t packed_bytes(ScalarType dtype, bool quantised, int64_t I, int64_t H, int64_t P) {
+  int64_t bytes = 0;
+  const auto ask = [&](auto value) {
+    cpu::run(LstmPackedBytes<decltype(value)>{quantised, I, H, P, &bytes}, torch_parallel());
+  };
+  switch (dtype) {
+    case ScalarType::Double:
+      ask(double{});
+      break;
+    case ScalarType::Float:
+      ask(float{});
+      break;
+    case ScalarType::BFloat16:
+      ask(bfloat16{});
+      break;
+    default:
+      ask(float16{});
+  }
+  return bytes;
+}
+
+Tensor lstm_pack_cpu(const Tensor& weight_ih_any, const Tensor& weight_hh_any, bool quantised) {
   check_dim(kName, "weight_ih", weight_ih_any, 2);
   check_dim(kName, "weight_hh", weight_hh_any, 2);
   const int64_t I = weight_ih_any.size(1), H = weight_hh_any.size(0) / 4, P = weight_hh_any.size(1);
+  const ScalarType dtype = weight_hh_any.scalar_type();
   check_shape(kName, "weight_hh", weight_hh_any, {4 * H, P});
   check_shape(kName, "weight_ih", weight_ih_any, {4 * H, I});
-  check_dtype(kName, "weight_ih", weight_ih_any, weight_hh_any.scalar_type());
+  check_dtype(kName, "weight_ih", weight_ih_any, dtype);
+  if (quantised) check_dtype(kName, "weights of 8 bits made of one", weight_hh_any, ScalarType::Float);
   const Tensor weight_ih = row_major(weight_ih_any), weight_hh = row_major(weight_hh_any);
-  const Tensor packed = empty(weight_hh, {packed_elements(weight_hh.scalar_type(), I, H, P)});
-  for_float_dtype(kName, "weight_hh", weight_hh, [&](auto value) {
+  Tensor packed;
+  for_storage_dtype(kName, "weight_hh", weight_hh, [&](auto value) {
     using T = decltype(value);
-    cpu::run(LstmPack<T>{data<T>(weight_ih), data<T>(weight_hh), mutable_data<T>(packed), I, H, P}, torch_parallel());
+    const ScalarType kept = quantised ? ScalarType::Char : dtype;
+    packed = empty(weight_hh, {packed_bytes(dtype, quantised, I, H, P) / bytes_of(kept)}, kept);
+    cpu::run(LstmPack<T>{data<T>(weight_ih), data<T>(weight_hh), quantised, packed.mutable_data_ptr(), I, H, P},
+             torch_parallel());
   });
   return packed;
+}
+
+// The packed weights, or null where another instruction set has packed them. Their header is the caller's promise that
+// they are of this layer; their size is not.
+const void* usable(const OptionalTensor& packed, const Sizes& n, ScalarType dtype) {
+  if (!packed.has_value()) return nullptr;
+  const bool quantised = packed->scalar_type() == ScalarType::Char && dtype == ScalarType::Float;
+  if (!quantised) check_dtype(kName, "packed", *packed, dtype);
+  const int64_t bytes = packed->numel() * bytes_of(packed->scalar_type());
+  LstmPackHeader header = {};
+  if (bytes >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed->const_data_ptr(), sizeof header);
+  if (header.magic != kLstmPackMagic || header.I != n.I || header.H != n.H || header.P != n.P) {
+    fail(kName, "expected packed to be what lstm_pack makes of weights with I, H, P = ", n.I, ", ", n.H, ", ", n.P,
+         ", got another tensor of shape ", shape_text(*packed));
+  }
+  return bytes == packed_bytes(dtype, quantised, n.I, n.H, n.P) ? packed->const_data_ptr() : nullptr;
 }
 
 // A result that is only there `if` somebody needs it; otherwise empty.
@@ -168,16 +221,15 @@ Forward lstm_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c
                  const Tensor& weight_hh_any, const OptionalTensor& bias_ih_any, const OptionalTensor& bias_hh_any,
                  const OptionalTensor& weight_hr_any, const OptionalTensor& norm_gates_any,
                  const OptionalTensor& norm_cell_any, const OptionalTensor& lengths_any,
-                 const OptionalTensor& reset_any, const OptionalTensor& seed, const OptionalTensor& packed,
+                 const OptionalTensor& reset_any, const OptionalTensor& seed, const OptionalTensor& packed_any,
                  double zoneout_h, double zoneout_c, bool reverse, bool save_cells, bool save_gates) {
   const Layer given = {input_any,   h_0_any,     c_0_any,       weight_ih_any,  weight_hh_any,
                        bias_ih_any, bias_hh_any, weight_hr_any, norm_gates_any, norm_cell_any,
                        lengths_any, reset_any,   seed,          zoneout_h,      zoneout_c};
   const Sizes n = given.check();
-  if (packed) {
-    check_shape(kName, "packed", *packed, {packed_elements(input_any.scalar_type(), n.I, n.H, n.P)});
-    check_dtype(kName, "packed", *packed, input_any.scalar_type());
-  }
+  const OptionalTensor packed = row_major(packed_any);
+  const void* packed_weights = usable(packed, n, input_any.scalar_type());
+  const bool quantised = packed && packed->scalar_type() == ScalarType::Char;
   const Layer layer = given.contiguous();
   check_values(layer.lengths, n.T);
   const Tensor& input = layer.input;
@@ -188,7 +240,7 @@ Forward lstm_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c
   const Tensor gates = empty_if(save_gates, input, {n.T, n.B, 4 * n.H});
   const Tensor normalized = empty_if(norm, input, {2, n.T, n.B, 4 * n.H});
   const Tensor scales = empty_if(norm, input, {n.T, n.B, 4}, wide);
-  for_float_dtype(kName, "input", input, [&](auto value) {
+  for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cpu::run(LstmForward<T>{data<T>(input),
                             data<T>(layer.h_0),
@@ -199,7 +251,8 @@ Forward lstm_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c
                             data<T>(layer.bias_hh),
                             layer.variant<T>(),
                             data<int64_t>(layer.lengths),
-                            data<T>(packed),
+                            packed_weights,
+                            quantised,
                             mutable_data<T>(output),
                             data_if<Widened<T>>(save_cells, cells),
                             data_if<T>(save_gates, gates),
@@ -251,7 +304,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const Tensor grad_weight_hr = empty_if(weights && projection, input, {n.P, n.H});
   const Tensor grad_norm_gates = empty_if(weights && norm, input, {2, 4 * n.H});
   const Tensor grad_norm_cell = empty_if(weights && norm, input, {2, n.H});
-  for_float_dtype(kName, "input", input, [&](auto value) {
+  for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cpu::run(LstmBackward<T>{data<T>(saved.grad_output),
                              data<T>(saved.grad_h_n),
@@ -326,7 +379,7 @@ Forward lstm_cuda(const Tensor& input_any, const Tensor& h_0_any, const Tensor& 
   const Tensor gates = wide == dtype ? input_gates : empty(input, {n.T, n.B, 4 * n.H});
   const Tensor output = empty(input, {n.T, n.B, n.H}), cells = empty(input, {n.T, n.B, n.H}, wide);
   const Tensor h_n = empty(input, {n.B, n.H}), c_n = empty(input, {n.B, n.H});
-  for_cuda_dtype(kName, "input", input, [&](auto value) {
+  for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cuda::run(
         LstmRecurrence<T>{data<Widened<T>>(input_gates), data<T>(layer.h_0), data<T>(layer.c_0),
@@ -364,7 +417,7 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
   const Tensor grad_gates = empty(input, {n.T, n.B, 4 * n.H}), grad_cell = empty(input, {n.B, n.H}, wide);
   const Tensor grad_h_0 = empty(input, {n.B, n.H}), grad_c_0 = empty(input, {n.B, n.H});
   const Tensor previous = empty(input, {n.T, n.B, n.H});
-  for_cuda_dtype(kName, "input", input, [&](auto value) {
+  for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cuda::run(LstmRecurrenceBackward<T>{data<T>(saved.grad_output), data<T>(saved.grad_h_n), data<T>(saved.grad_c_n),
                                         data<T>(layer.c_0), data<T>(layer.weight_hh), data<Widened<T>>(saved.cells),
@@ -400,7 +453,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
       "Tensor? lengths=None, Tensor? reset=None, Tensor? seed=None, Tensor? packed=None, float zoneout_h=0.0, "
       "float zoneout_c=0.0, bool reverse=False, bool save_cells=False, bool save_gates=False) -> (Tensor output, "
       "Tensor h_n, Tensor c_n, Tensor cells, Tensor gates, Tensor normalized, Tensor scales)");
-  m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh) -> Tensor");
+  m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh, bool quantised=False) -> Tensor");
   m.def(
       "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor input, "
       "Tensor h_0, Tensor c_0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "

@@ -18,6 +18,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/half.h"
+#include "kernels/pages.h"
 #include "kernels/parallel.h"
 #include "kernels/run.h"
 
@@ -75,7 +77,10 @@ inline OptionalTensor row_major(const OptionalTensor& tensor) {
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
                     std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, shape, dtype);
+  const Tensor fresh = torch::stable::new_empty(like, shape, dtype);
+  const size_t bytes = static_cast<size_t>(fresh.numel()) * static_cast<size_t>(fresh.element_size());
+  if (bytes >= 2 * kHugePageBytes && fresh.is_cpu()) advise_huge_pages(fresh.mutable_data_ptr(), bytes);
+  return fresh;
 }
 
 // The dtype of Widened<T>.
@@ -106,6 +111,24 @@ void for_float_dtype(const char* what, const char* name, const Tensor& tensor, c
       return f(double{});
     default:
       fail(what, "expected ", name, " of dtype float32 or float64, got ",
+           torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// Calls f(T{}) with the storage type of a float32, float64, bfloat16 or float16 tensor.
+template <class F>
+void for_storage_dtype(const char* what, const char* name, const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(bfloat16{});
+    case ScalarType::Half:
+      return f(float16{});
+    default:
+      fail(what, "expected ", name, " of dtype float32, float64, bfloat16 or float16, got ",
            torch::headeronly::toString(tensor.scalar_type()));
   }
 }

@@ -1,185 +1,218 @@
 // SPDX-License-Identifier: Apache-2.0
-// One LSTM layer in one direction, forward and backward, as readable as kernels/lstm.h states it.
-#include <pybind11/stl.h>
+// One LSTM layer in one direction with its variants, as readable as kernels/lstm.h states it: the forward pass, row by
+// row, and what Python sees.
+#include "reference/lstm.h"
 
-#include <algorithm>
 #include <cmath>
-#include <optional>
-#include <tuple>
 
-#include "reference/arrays.h"
+#include "reference/masks.h"
 
 namespace llmkern::reference {
 
+void Layer::check() const {
+  if (input.ndim() != 3 || weight_hh.ndim() != 2 || input.shape(0) == 0) {
+    throw std::invalid_argument("llmkern._reference: expected input [T, B, I] with T > 0 and weight_hh [4H, P]");
+  }
+  check_shape("h_0", h_0, {B, P});
+  check_shape("c_0", c_0, {B, H});
+  check_shape("weight_ih", weight_ih, {4 * H, I});
+  check_shape("weight_hh", weight_hh, {4 * H, weight_hr ? P : H});
+  if (bias_ih) check_shape("bias_ih", *bias_ih, {4 * H});
+  if (bias_hh) check_shape("bias_hh", *bias_hh, {4 * H});
+  if (weight_hr) check_shape("weight_hr", *weight_hr, {P, H});
+  if (norm_gates) check_shape("norm_gates", *norm_gates, {2, 4 * H});
+  if (norm_gates.has_value() != norm_cell.has_value()) {
+    throw std::invalid_argument("llmkern._reference: expected both norm_gates and norm_cell or neither");
+  }
+  if (norm_cell) check_shape("norm_cell", *norm_cell, {2, H});
+  if (lengths) check_shape("lengths", *lengths, {B});
+  for (int64_t b = 0; b < B; ++b) {
+    if (steps(b) < 0 || steps(b) > T) throw std::invalid_argument("llmkern._reference: expected lengths in [0, T]");
+  }
+  if (reset) check_shape("reset", *reset, {T, B});
+}
+
+double Layer::kept(Purpose purpose, double p, int64_t t, int64_t b, int64_t j) const {
+  if (!seed) return p;
+  return is_set(*seed, purpose, t * B + b, j, purpose == Purpose::kZoneoutCell ? H : P, p) ? 1 : 0;
+}
+
 namespace {
-
-using OptionalArray = std::optional<Array<double>>;
-
-struct Layer {
-  Array<double> input, h_0, c_0, weight_ih, weight_hh;
-  OptionalArray bias_ih, bias_hh;
-  bool reverse;
-  int64_t T = input.shape(0), B = input.shape(1), I = input.shape(2), H = weight_hh.shape(1);
-
-  void check() const {
-    check_shape("h_0", h_0, {B, H});
-    check_shape("c_0", c_0, {B, H});
-    check_shape("weight_ih", weight_ih, {4 * H, I});
-    check_shape("weight_hh", weight_hh, {4 * H, H});
-    if (bias_ih) check_shape("bias_ih", *bias_ih, {4 * H});
-    if (bias_hh) check_shape("bias_hh", *bias_hh, {4 * H});
-  }
-
-  // The time of the s-th step that runs.
-  int64_t time(int64_t s) const { return reverse ? T - 1 - s : s; }
-
-  double bias(int64_t j) const { return (bias_ih ? bias_ih->at(j) : 0) + (bias_hh ? bias_hh->at(j) : 0); }
-
-  // What step s finds: the initial state [B, H], or what the step before it left in `values` [T, B, H].
-  template <class Initial, class Values>
-  double before(int64_t s, const Initial& initial, const Values& values, int64_t b, int64_t k) const {
-    return s == 0 ? initial(b, k) : values(time(s - 1), b, k);
-  }
-};
-
-struct Activations {
-  Array<double> output, cells, gates;  // [T, B, H], [T, B, H], [T, B, 4H]
-};
 
 double sigmoid(double a) { return 1 / (1 + std::exp(-a)); }
 
-Activations forward(const Layer& l) {
-  const int64_t T = l.T, B = l.B, I = l.I, H = l.H;
-  Activations saved = {zeros<double>({T, B, H}), zeros<double>({T, B, H}), zeros<double>({T, B, 4 * H})};
-  auto h = saved.output.mutable_unchecked<3>(), c = saved.cells.mutable_unchecked<3>();
-  auto gate = saved.gates.mutable_unchecked<3>();
-  const auto x = l.input.unchecked<3>();
-  const auto h_0 = l.h_0.unchecked<2>(), c_0 = l.c_0.unchecked<2>();
-  const auto w_ih = l.weight_ih.unchecked<2>(), w_hh = l.weight_hh.unchecked<2>();
-  for (int64_t s = 0; s < T; ++s) {
-    const int64_t t = l.time(s);
-    for (int64_t b = 0; b < B; ++b) {
-      for (int64_t j = 0; j < 4 * H; ++j) {
-        double a = l.bias(j);
-        for (int64_t i = 0; i < I; ++i) a += w_ih(j, i) * x(t, b, i);
-        for (int64_t k = 0; k < H; ++k) a += w_hh(j, k) * l.before(s, h_0, h, b, k);
-        gate(t, b, j) = j / H == 2 ? std::tanh(a) : sigmoid(a);
-      }
-      for (int64_t k = 0; k < H; ++k) {
-        const double i = gate(t, b, k), f = gate(t, b, H + k), g = gate(t, b, 2 * H + k), o = gate(t, b, 3 * H + k);
-        c(t, b, k) = f * l.before(s, c_0, c, b, k) + i * g;
-        h(t, b, k) = o * std::tanh(c(t, b, k));
-      }
-    }
+Vector row_of(const double* first, int64_t n) { return Vector(first, first + n); }
+
+Vector product(const Array<double>& matrix, const Vector& v) {
+  Vector result;
+  for (int64_t j = 0; j < matrix.shape(0); ++j) {
+    const double* row = matrix.data(j, 0);
+    double sum = 0;
+    for (size_t k = 0; k < v.size(); ++k) sum += row[k] * v[k];
+    result.push_back(sum);
   }
-  return saved;
+  return result;
 }
 
-struct Gradients {
-  Array<double> input, h_0, c_0, weight_ih, weight_hh, bias;
+Normalized normalize(Vector v) {
+  const double n = static_cast<double>(v.size());
+  double mean = 0, variance = 0;
+  for (double x : v) mean += x / n;
+  for (double x : v) variance += (x - mean) * (x - mean) / n;
+  const double scale = 1 / std::sqrt(variance + 1e-5);
+  for (double& x : v) x = (x - mean) * scale;
+  return {v, scale};
+}
+
+Normalized normalize_if(bool norm, const Vector& v) { return norm ? normalize(v) : Normalized{v, 1}; }
+
+Vector activated_gates(const Layer& l, const Step& step) {
+  Vector gates;
+  for (int64_t j = 0; j < 4 * l.H; ++j) {
+    const size_t k = static_cast<size_t>(j);
+    double a = step.from_input.values[k] * (l.norm_gates ? l.norm_gates->at(0, j) : 1);
+    a += step.from_hidden.values[k] * (l.norm_gates ? l.norm_gates->at(1, j) : 1);
+    a += (l.bias_ih ? l.bias_ih->at(j) : 0) + (l.bias_hh ? l.bias_hh->at(j) : 0);
+    gates.push_back(j / l.H == 2 ? std::tanh(a) : sigmoid(a));
+  }
+  return gates;
+}
+
+// c_t, and o * tanh of it.
+void run_cell(const Layer& l, Step& step) {
+  const size_t H = static_cast<size_t>(l.H);
+  const double *i = step.gates.data(), *f = i + H, *g = f + H, *o = g + H;
+  for (size_t k = 0; k < H; ++k) step.c.push_back(f[k] * step.c_before[k] + i[k] * g[k]);
+  step.from_cell = normalize_if(l.norm_cell.has_value(), step.c);
+  for (size_t k = 0; k < H; ++k) {
+    double shown = step.from_cell.values[k];
+    if (l.norm_cell) shown = shown * l.norm_cell->at(0, k) + l.norm_cell->at(1, k);
+    step.tanh_cell.push_back(std::tanh(shown));
+    step.cell_output.push_back(o[k] * step.tanh_cell[k]);
+  }
+}
+
+Vector zone_out(const Layer& l, Purpose purpose, double p, int64_t t, int64_t b, const Vector& before,
+                const Vector& now) {
+  Vector after;
+  for (size_t j = 0; j < now.size(); ++j) {
+    const double kept = l.kept(purpose, p, t, b, static_cast<int64_t>(j));
+    after.push_back(kept * before[j] + (1 - kept) * now[j]);
+  }
+  return after;
+}
+
+Step run_step(const Layer& l, int64_t t, int64_t b, const Vector& h_before, const Vector& c_before) {
+  Step step = {};
+  step.t = t;
+  step.x = row_of(l.input.data(t, b, 0), l.I);
+  step.h_before = l.is_reset(t, b) ? Vector(h_before.size()) : h_before;
+  step.c_before = l.is_reset(t, b) ? Vector(c_before.size()) : c_before;
+  step.from_input = normalize_if(l.norm_gates.has_value(), product(l.weight_ih, step.x));
+  step.from_hidden = normalize_if(l.norm_gates.has_value(), product(l.weight_hh, step.h_before));
+  step.gates = activated_gates(l, step);
+  run_cell(l, step);
+  const Vector h = l.weight_hr ? product(*l.weight_hr, step.cell_output) : step.cell_output;
+  step.h_after = zone_out(l, Purpose::kZoneoutHidden, l.zoneout_h, t, b, step.h_before, h);
+  step.c_after = zone_out(l, Purpose::kZoneoutCell, l.zoneout_c, t, b, step.c_before, step.c);
+  return step;
+}
+
+}  // namespace
+
+std::vector<Step> run_row(const Layer& l, int64_t b) {
+  std::vector<Step> steps;
+  Vector h = row_of(l.h_0.data(b, 0), l.P), c = row_of(l.c_0.data(b, 0), l.H);
+  for (int64_t s = 0; s < l.steps(b); ++s) {
+    steps.push_back(run_step(l, l.reverse ? l.steps(b) - 1 - s : s, b, h, c));
+    h = steps.back().h_after;
+    c = steps.back().c_after;
+  }
+  return steps;
+}
+
+namespace {
+
+struct Outputs {
+  Array<double> output, h_n, c_n, cells;
 };
 
-// da of every step, [T, B, 4H]. dh and dc [B, H] start as the gradients of h_n and c_n and end as those of h_0 and c_0.
-Array<double> gate_gradients(const Layer& l, const Activations& saved, const OptionalArray& grad_output,
-                             Array<double>& grad_h, Array<double>& grad_c) {
-  const int64_t H = l.H;
-  Array<double> grad_gates = zeros<double>({l.T, l.B, 4 * H});
-  auto da = grad_gates.mutable_unchecked<3>();
-  auto dh = grad_h.mutable_unchecked<2>(), dc = grad_c.mutable_unchecked<2>();
-  const auto c = saved.cells.unchecked<3>(), gate = saved.gates.unchecked<3>();
-  const auto c_0 = l.c_0.unchecked<2>(), w_hh = l.weight_hh.unchecked<2>();
-  for (int64_t s = l.T - 1; s >= 0; --s) {
-    const int64_t t = l.time(s);
-    for (int64_t b = 0; b < l.B; ++b) {
-      for (int64_t k = 0; k < H; ++k) {
-        const double i = gate(t, b, k), f = gate(t, b, H + k), g = gate(t, b, 2 * H + k), o = gate(t, b, 3 * H + k);
-        const double tanh_c = std::tanh(c(t, b, k));
-        const double dh_t = dh(b, k) + (grad_output ? *grad_output->data(t, b, k) : 0);
-        const double dc_t = dc(b, k) + dh_t * o * (1 - tanh_c * tanh_c);
-        da(t, b, k) = dc_t * g * i * (1 - i);
-        da(t, b, H + k) = dc_t * l.before(s, c_0, c, b, k) * f * (1 - f);
-        da(t, b, 2 * H + k) = dc_t * i * (1 - g * g);
-        da(t, b, 3 * H + k) = dh_t * tanh_c * o * (1 - o);
-        dc(b, k) = dc_t * f;
+Outputs forward(const Layer& l) {
+  Outputs out = {zeros<double>({l.T, l.B, l.P}), zeros<double>({l.B, l.P}), zeros<double>({l.B, l.H}),
+                 zeros<double>({l.T, l.B, l.H})};
+  std::copy_n(l.h_0.data(), l.B * l.P, out.h_n.mutable_data());
+  std::copy_n(l.c_0.data(), l.B * l.H, out.c_n.mutable_data());
+  for (int64_t b = 0; b < l.B; ++b) {
+    for (const Step& step : run_row(l, b)) {
+      for (double* to : {out.output.mutable_data(step.t, b, 0), out.h_n.mutable_data(b, 0)}) {
+        std::copy(step.h_after.begin(), step.h_after.end(), to);
       }
-      for (int64_t k = 0; k < H; ++k) {
-        dh(b, k) = 0;
-        for (int64_t j = 0; j < 4 * H; ++j) dh(b, k) += da(t, b, j) * w_hh(j, k);
+      for (double* to : {out.cells.mutable_data(step.t, b, 0), out.c_n.mutable_data(b, 0)}) {
+        std::copy(step.c_after.begin(), step.c_after.end(), to);
       }
     }
   }
-  return grad_gates;
+  return out;
 }
 
-Gradients backward(const Layer& l, const OptionalArray& grad_output, const OptionalArray& grad_h_n,
-                   const OptionalArray& grad_c_n) {
-  const int64_t T = l.T, B = l.B, I = l.I, H = l.H;
-  const Activations saved = forward(l);
-  Gradients d = {zeros<double>({T, B, I}),  zeros<double>({B, H}),     zeros<double>({B, H}),
-                 zeros<double>({4 * H, I}), zeros<double>({4 * H, H}), zeros<double>({4 * H})};
-  if (grad_h_n) std::copy_n(grad_h_n->data(), B * H, d.h_0.mutable_data());
-  if (grad_c_n) std::copy_n(grad_c_n->data(), B * H, d.c_0.mutable_data());
-  const Array<double> grad_gates = gate_gradients(l, saved, grad_output, d.h_0, d.c_0);
+using A = Array<double>;
+using Lengths = std::optional<Array<int64_t>>;
+using Reset = std::optional<Array<bool>>;
+using Seed = std::optional<int64_t>;
 
-  const auto da = grad_gates.unchecked<3>(), x = l.input.unchecked<3>(), h = saved.output.unchecked<3>();
-  const auto h_0 = l.h_0.unchecked<2>(), w_ih = l.weight_ih.unchecked<2>();
-  auto dx = d.input.mutable_unchecked<3>();
-  auto dw_ih = d.weight_ih.mutable_unchecked<2>(), dw_hh = d.weight_hh.mutable_unchecked<2>();
-  auto db = d.bias.mutable_unchecked<1>();
-  for (int64_t s = 0; s < T; ++s) {
-    const int64_t t = l.time(s);
-    for (int64_t b = 0; b < B; ++b) {
-      for (int64_t j = 0; j < 4 * H; ++j) {
-        for (int64_t i = 0; i < I; ++i) dw_ih(j, i) += da(t, b, j) * x(t, b, i);
-        for (int64_t i = 0; i < I; ++i) dx(t, b, i) += da(t, b, j) * w_ih(j, i);
-        for (int64_t k = 0; k < H; ++k) dw_hh(j, k) += da(t, b, j) * l.before(s, h_0, h, b, k);
-        db(j) += da(t, b, j);
-      }
-    }
-  }
-  return d;
-}
-
-Layer layer(Array<double> input, Array<double> h_0, Array<double> c_0, Array<double> weight_ih, Array<double> weight_hh,
-            OptionalArray bias_ih, OptionalArray bias_hh, bool reverse) {
-  if (input.ndim() != 3 || weight_hh.ndim() != 2 || input.shape(0) == 0) {
-    throw std::invalid_argument("llmkern._reference: expected input [T, B, I] with T > 0 and weight_hh [4H, H]");
-  }
-  const Layer l = {input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse};
+Layer layer(A input, A h_0, A c_0, A weight_ih, A weight_hh, OptionalArray bias_ih, OptionalArray bias_hh,
+            OptionalArray weight_hr, OptionalArray norm_gates, OptionalArray norm_cell, Lengths lengths, Reset reset,
+            Seed seed, double zoneout_h, double zoneout_c, bool reverse) {
+  const Layer l = {input,      h_0,       c_0,     weight_ih, weight_hh, bias_ih,   bias_hh,   weight_hr,
+                   norm_gates, norm_cell, lengths, reset,     seed,      zoneout_h, zoneout_c, reverse};
   l.check();
   return l;
+}
+
+py::tuple lstm(A input, A h_0, A c_0, A weight_ih, A weight_hh, OptionalArray bias_ih, OptionalArray bias_hh,
+               OptionalArray weight_hr, OptionalArray norm_gates, OptionalArray norm_cell, Lengths lengths, Reset reset,
+               Seed seed, double zoneout_h, double zoneout_c, bool reverse, bool return_cells) {
+  const Outputs out = forward(layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, norm_gates,
+                                    norm_cell, lengths, reset, seed, zoneout_h, zoneout_c, reverse));
+  if (return_cells) return py::make_tuple(out.output, out.h_n, out.c_n, out.cells);
+  return py::make_tuple(out.output, out.h_n, out.c_n);
+}
+
+py::tuple lstm_backward(OptionalArray grad_output, OptionalArray grad_h_n, OptionalArray grad_c_n, A input, A h_0,
+                        A c_0, A weight_ih, A weight_hh, OptionalArray bias_ih, OptionalArray bias_hh,
+                        OptionalArray weight_hr, OptionalArray norm_gates, OptionalArray norm_cell, Lengths lengths,
+                        Reset reset, Seed seed, double zoneout_h, double zoneout_c, bool reverse,
+                        OptionalArray grad_cells) {
+  const Layer l = layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, norm_gates, norm_cell,
+                        lengths, reset, seed, zoneout_h, zoneout_c, reverse);
+  if (grad_output) check_shape("grad_output", *grad_output, {l.T, l.B, l.P});
+  if (grad_h_n) check_shape("grad_h_n", *grad_h_n, {l.B, l.P});
+  if (grad_c_n) check_shape("grad_c_n", *grad_c_n, {l.B, l.H});
+  if (grad_cells) check_shape("grad_cells", *grad_cells, {l.T, l.B, l.H});
+  const Gradients d = backward(l, {grad_output, grad_h_n, grad_c_n, grad_cells});
+  py::list all(py::make_tuple(d.input, d.h_0, d.c_0, d.weight_ih, d.weight_hh, d.bias));
+  for (const OptionalArray& variant : {d.weight_hr, d.norm_gates, d.norm_cell}) {
+    if (variant) all.append(*variant);
+  }
+  return py::tuple(all);
 }
 
 }  // namespace
 
 void bind_lstm(py::module_& m) {
-  using A = Array<double>;
-  m.def(
-      "lstm",
-      [](A input, A h_0, A c_0, A weight_ih, A weight_hh, OptionalArray bias_ih, OptionalArray bias_hh, bool reverse) {
-        const Layer l = layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse);
-        const Activations saved = forward(l);
-        const py::int_ last(l.time(l.T - 1));
-        return py::make_tuple(saved.output, saved.output[last], saved.cells[last]);
-      },
-      py::arg("input"), py::arg("h_0"), py::arg("c_0"), py::arg("weight_ih"), py::arg("weight_hh"),
-      py::arg("bias_ih") = py::none(), py::arg("bias_hh") = py::none(), py::arg("reverse") = false,
-      "(output [T, B, H], h_n [B, H], c_n [B, H])");
-  m.def(
-      "lstm_backward",
-      [](OptionalArray grad_output, OptionalArray grad_h_n, OptionalArray grad_c_n, A input, A h_0, A c_0, A weight_ih,
-         A weight_hh, OptionalArray bias_ih, OptionalArray bias_hh, bool reverse) {
-        const Layer l = layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse);
-        if (grad_output) check_shape("grad_output", *grad_output, {l.T, l.B, l.H});
-        if (grad_h_n) check_shape("grad_h_n", *grad_h_n, {l.B, l.H});
-        if (grad_c_n) check_shape("grad_c_n", *grad_c_n, {l.B, l.H});
-        const Gradients d = backward(l, grad_output, grad_h_n, grad_c_n);
-        return std::make_tuple(d.input, d.h_0, d.c_0, d.weight_ih, d.weight_hh, d.bias);
-      },
-      py::arg("grad_output"), py::arg("grad_h_n"), py::arg("grad_c_n"), py::arg("input"), py::arg("h_0"),
-      py::arg("c_0"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih") = py::none(),
-      py::arg("bias_hh") = py::none(), py::arg("reverse") = false,
-      "Gradients of input, h_0, c_0, weight_ih, weight_hh and of either bias");
+  using py::arg, py::none;
+  m.def("lstm", &lstm, arg("input"), arg("h_0"), arg("c_0"), arg("weight_ih"), arg("weight_hh"),
+        arg("bias_ih") = none(), arg("bias_hh") = none(), py::kw_only(), arg("weight_hr") = none(),
+        arg("norm_gates") = none(), arg("norm_cell") = none(), arg("lengths") = none(), arg("reset") = none(),
+        arg("seed") = none(), arg("zoneout_h") = 0.0, arg("zoneout_c") = 0.0, arg("reverse") = false,
+        arg("return_cells") = false, "(output [T, B, P], h_n [B, P], c_n [B, H]), and cells [T, B, H] on request");
+  m.def("lstm_backward", &lstm_backward, arg("grad_output"), arg("grad_h_n"), arg("grad_c_n"), arg("input"), arg("h_0"),
+        arg("c_0"), arg("weight_ih"), arg("weight_hh"), arg("bias_ih") = none(), arg("bias_hh") = none(), py::kw_only(),
+        arg("weight_hr") = none(), arg("norm_gates") = none(), arg("norm_cell") = none(), arg("lengths") = none(),
+        arg("reset") = none(), arg("seed") = none(), arg("zoneout_h") = 0.0, arg("zoneout_c") = 0.0,
+        arg("reverse") = false, arg("grad_cells") = none(),
+        "Gradients of input, h_0, c_0, weight_ih, weight_hh, of either bias, and of those that are given among "
+        "weight_hr, norm_gates, norm_cell");
 }
 
 }  // namespace llmkern::reference

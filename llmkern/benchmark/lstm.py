@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases of the LSTM layer: decoding step by step, reading a sequence, training. I = H, one layer, zero dropout."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import llmkern
 from llmkern.benchmark.case import (
@@ -24,6 +26,9 @@ FLOAT_BYTES = 4
 TOLERANCE = 2e-5
 # What torch does by default on a GPU: products of float32 rounded to 10 bits.
 TF32, TF32_TOLERANCE = ", TF32", 2e-2
+# Weights rounded to 8 bits beside their own; and the same with rounded activations.
+DYNAMIC = "nn.LSTM, dynamic int8"
+INT8_TOLERANCE, DYNAMIC_TOLERANCE = 2e-2, 8e-2
 
 State = tuple[Tensor, Tensor]
 LayerRun = Callable[[Tensor, State], tuple[Tensor, State]]
@@ -69,6 +74,24 @@ def sequence(H: int, B: int, T: int, dtype: torch.dtype = torch.float32) -> Case
     return Case("lstm", name, build, phases, dtype=dtype)
 
 
+def quantized(H: int, B: int, T: int) -> Case:
+    """Forward with weights of 8 bits and everything else in float32; T = 1 is a decoder's step."""
+
+    def build() -> Workload:
+        _, peer, _ = _layers(H, torch.float32)
+        x, state = torch.randn(T, B, H), _zeros(B, H, torch.float32)
+        layers = {OURS: _quantized(peer), DYNAMIC: _dynamically_quantized(peer), "nn.LSTM": peer}
+        contenders = {
+            name: Contender(lambda run=run: run(x, state))  # type: ignore[misc]
+            for name, run in layers.items()
+        }
+        return Workload(contenders, agreement(INT8_TOLERANCE, {DYNAMIC: DYNAMIC_TOLERANCE}))
+
+    kind = "decode" if T == 1 else "sequence"
+    name = f"{kind}-H{H}-B{B}" + (f"-T{T}" if T > 1 else "") + "-int8"
+    return Case("lstm", name, build, forward_phases(H, H, B, T, size=1))
+
+
 def training(H: int, B: int, T: int, dtype: torch.dtype = torch.float32) -> Case:
     """Forward and backward: gradients of the input and of every parameter."""
 
@@ -81,7 +104,37 @@ def training(H: int, B: int, T: int, dtype: torch.dtype = torch.float32) -> Case
         return _training_workload(H, B, T, dtype, runs)
 
     name = named(f"training-H{H}-B{B}-T{T}", dtype)
-    phases = _training_phases(H, B, T, dtype)
+    phases = training_phases(H, B, T, dtype)
+    return Case("lstm", name, build, phases, training=True, dtype=dtype)
+
+
+def ragged_training(H: int, B: int, T: int, dtype: torch.dtype = torch.float32) -> Case:
+    """Forward and backward of a PackedSequence: rows from T steps down to an eighth of them, 56 % of the padding."""
+    lengths = torch.linspace(T, T / 8, B, device="cpu").round().long()
+    rows = int(lengths.sum())
+
+    def build() -> Workload:
+        ours, peer, _ = _layers(H, dtype)
+        batch_sizes = pack_padded_sequence(torch.empty(T, B, 1, device="cpu"), lengths).batch_sizes
+        data = torch.randn(rows, H, dtype=dtype, requires_grad=True)
+        grad = torch.randn(rows, H, dtype=dtype)
+
+        def contender(run: Callable[..., Any], layer: nn.Module) -> Contender:
+            wanted = [data, *layer.parameters()]
+
+            def train() -> Any:
+                output, _ = run(PackedSequence(data, batch_sizes))
+                return torch.autograd.grad(output.data, wanted, grad)
+
+            return Contender(train)
+
+        contenders = {OURS: contender(ours, ours)}
+        for name, run in _as_configured("nn.LSTM", peer, dtype).items():
+            contenders[name] = contender(run, peer)
+        return Workload(contenders, _agreement(dtype))
+
+    phases = training_phases(H, rows / T, T, dtype)
+    name = named(f"ragged-training-H{H}-B{B}-T{T}", dtype)
     return Case("lstm", name, build, phases, training=True, dtype=dtype)
 
 
@@ -95,18 +148,21 @@ def cell_training(H: int, B: int, T: int) -> Case:
         runs = {OURS: (_unrolled(ours), ours), "nn.LSTMCell loop": (_unrolled(peer), peer)}
         return _training_workload(H, B, T, torch.float32, runs)
 
-    phases = _training_phases(H, B, T, torch.float32)
+    phases = training_phases(H, B, T, torch.float32)
     return Case("lstm", f"cell-training-H{H}-B{B}-T{T}", build, phases, training=True)
 
 
 def forward_phases(
     I: int,  # noqa: E741
     H: int,
-    B: int,
+    B: float,
     T: int,
     size: int = FLOAT_BYTES,
 ) -> list[Phase]:
-    """The input's share of the gates, one product over all steps; then T steps, each reading the recurrent weights."""
+    """The input's share of the gates, one product over all steps; then T steps, each reading the recurrent weights.
+
+    B rows a step, on average.
+    """
     recurrent = 4 * H * H * size
     return [
         _product("input", B * T, 4 * H, I, size),
@@ -117,7 +173,7 @@ def forward_phases(
 def backward_phases(
     I: int,  # noqa: E741
     H: int,
-    B: int,
+    B: float,
     T: int,
     size: int = FLOAT_BYTES,
 ) -> list[Phase]:
@@ -131,12 +187,12 @@ def backward_phases(
     ]
 
 
-def _training_phases(H: int, B: int, T: int, dtype: torch.dtype) -> list[Phase]:
+def training_phases(H: int, B: float, T: int, dtype: torch.dtype) -> list[Phase]:
     size = dtype.itemsize
     return forward_phases(H, H, B, T, size) + backward_phases(H, H, B, T, size)
 
 
-def _product(name: str, M: int, N: int, K: int, size: int) -> Phase:
+def _product(name: str, M: float, N: float, K: float, size: int) -> Phase:
     moved = (M * K + K * N + M * N) * size
     return Phase(name, 2 * M * N * K, moved, moved)
 
@@ -148,6 +204,28 @@ def _layers(H: int, dtype: torch.dtype) -> tuple[llmkern.nn.LSTM, nn.LSTM, nn.LS
     ours.load_state_dict(peer.state_dict())
     cell.load_state_dict({name.removesuffix("_l0"): x for name, x in peer.state_dict().items()})
     return ours, peer, cell
+
+
+def _quantized(layer: nn.LSTM) -> LayerRun:
+    """llmkern's layer, its weights of 8 bits packed beforehand."""
+    weights = [parameter.detach() for parameter in layer.parameters()]
+    packed = llmkern.ops.lstm_pack(weights[0], weights[1], dtype=torch.int8)
+
+    def run(x: Tensor, state: State) -> tuple[Tensor, State]:
+        output, h_n, c_n = llmkern.ops.lstm(x, state[0][0], state[1][0], *weights, packed=packed)
+        return output, (h_n.unsqueeze(0), c_n.unsqueeze(0))
+
+    return run
+
+
+def _dynamically_quantized(layer: nn.LSTM) -> LayerRun:
+    """torch's: activations are rounded to 8 bits too, with a scale for each step's batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        quantize = torch.ao.quantization.quantize_dynamic
+        (quantized,) = quantize(nn.ModuleList([layer]), {nn.LSTM}, dtype=torch.qint8)
+    return quantized  # type: ignore[no-any-return]
 
 
 def _as_configured(name: str, layer: LayerRun, dtype: torch.dtype) -> dict[str, LayerRun]:

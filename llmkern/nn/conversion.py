@@ -20,8 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from llmkern.nn.embedding import Embedding
-from llmkern.nn.lstm import LSTM
-from llmkern.nn.lstm_cell import LSTMCell
+from llmkern.nn.lstm import LSTM, LSTMCell
 
 Kind: TypeAlias = type[nn.Module]
 

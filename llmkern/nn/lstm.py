@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from llmkern import ops
-from llmkern.nn._packing import PackedWeights
+from llmkern.nn._packing import PackedWeights, checked_dtype
 from llmkern.ops._checks import ShapeError
 
 State = tuple[Tensor, Tensor]
@@ -28,7 +28,7 @@ class LSTM(nn.RNNBase):
         dropout: probability of zeroing an element between layers, in training.
         bidirectional: a second set of layers reads backwards; outputs are concatenated.
         proj_size: must be 0; projections are not provided yet.
-        device, dtype: of the parameters: CPU, float32 or float64.
+        device, dtype: of the parameters.
 
     Shapes, with S = num_layers * (2 if bidirectional else 1):
         input [T, B, I] or, unbatched, [T, I]; hx = (h_0, c_0), each [S, B, H] or [S, H]; None means zeros.
@@ -74,6 +74,20 @@ class LSTM(nn.RNNBase):
             dtype,
         )
         self._packed = PackedWeights()
+
+    def quantize_weights(self, dtype: torch.dtype | None) -> None:
+        """Reads float32 weights in 8 bits from now on, where no gradients are wanted (``torch.no_grad()``), on the CPU.
+
+        Each row of a weight is rounded to multiples of its largest magnitude / 127. States, sums and the parameters
+        themselves stay as they are; gradients, other dtypes and autocast see the parameters.
+
+        Args:
+            dtype: torch.int8, or None to go back.
+
+        Raises:
+            TypeError: another dtype.
+        """
+        self._packed = PackedWeights(checked_dtype("LSTM", dtype))
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take the parameters as they are."""
@@ -195,6 +209,10 @@ class LSTMCell(nn.LSTMCell):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._packed = PackedWeights()
+
+    def quantize_weights(self, dtype: torch.dtype | None) -> None:
+        """As :meth:`LSTM.quantize_weights`."""
+        self._packed = PackedWeights(checked_dtype("LSTMCell", dtype))
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         if not isinstance(input, Tensor):

@@ -3,13 +3,14 @@
 
 from llmkern.ops._deferred import raise_deferred_errors
 from llmkern.ops.cross_entropy import linear_cross_entropy
-from llmkern.ops import dropout as _dropout  # noqa: F401
+from llmkern.ops.dropout import dropout
 from llmkern.ops.embedding import embedding
 from llmkern.ops.lstm import lstm, lstm_cell, lstm_pack
 from llmkern.ops.sampling import SampleOutput, sample
 
 __all__ = [
     "SampleOutput",
+    "dropout",
     "embedding",
     "linear_cross_entropy",
     "lstm",

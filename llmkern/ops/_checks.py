@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64)
-CUDA_FLOAT_DTYPES = (*FLOAT_DTYPES, torch.bfloat16, torch.float16)
+ANY_FLOAT_DTYPES = (*FLOAT_DTYPES, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -30,7 +30,7 @@ def check_tensor(op: str, name: str, value: object) -> None:
 
 def float_dtypes(tensor: Tensor) -> Sequence[torch.dtype]:
     """What the kernels of the tensor's device compute with."""
-    return CUDA_FLOAT_DTYPES if tensor.is_cuda else FLOAT_DTYPES
+    return ANY_FLOAT_DTYPES if tensor.is_cuda else FLOAT_DTYPES
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -72,11 +72,14 @@ def check_same_device(op: str, tensors: dict[str, Tensor | None]) -> None:
             )
 
 
-def check_float_like(op: str, tensors: dict[str, Tensor | None]) -> None:
-    """The first tensor is of a dtype the kernels of its device have, and the others share its dtype and device."""
+def check_float_like(
+    op: str, tensors: dict[str, Tensor | None], dtypes: Sequence[torch.dtype] | None = None
+) -> None:
+    """The first tensor is of one of the dtypes, or of one that the kernels of its device have, and the others share its
+    dtype and device."""
     (first, tensor), *others = ((n, t) for n, t in tensors.items() if t is not None)
     check_tensor(op, first, tensor)
-    check_dtype(op, first, tensor, float_dtypes(tensor))
+    check_dtype(op, first, tensor, float_dtypes(tensor) if dtypes is None else dtypes)
     for name, other in others:
         check_tensor(op, name, other)
         if other.dtype != tensor.dtype:

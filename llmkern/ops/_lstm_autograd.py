@@ -1,89 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch must know of llmkern::lstm and its gradient: shapes of the results, first and second derivatives."""
+"""First and second derivatives of llmkern::lstm, for autograd and for torch.func."""
 
 from typing import Any
 
 import torch
 
 from llmkern.ops import _checks, _lstm_composite, _lstm_vmap
-
-
-@torch.library.register_fake("llmkern::lstm")
-def _lstm_fake(  # type: ignore[no-untyped-def]
-    input,
-    h_0,
-    c_0,
-    weight_ih,
-    weight_hh,
-    bias_ih=None,
-    bias_hh=None,
-    weight_hr=None,
-    norm_gates=None,
-    norm_cell=None,
-    lengths=None,
-    reset=None,
-    seed=None,
-    packed=None,
-    zoneout_h=0.0,
-    zoneout_c=0.0,
-    reverse=False,
-    save_cells=False,
-    save_gates=False,
-):
-    T, B, _ = input.shape
-    H, P = c_0.shape[1], h_0.shape[1]
-    wide = _checks.widened(input.dtype)
-    norm = save_gates and norm_gates is not None
-    return (
-        input.new_empty(T, B, P),
-        input.new_empty(B, P),
-        input.new_empty(B, H),
-        input.new_empty((T, B, H) if save_cells else (0,), dtype=wide),
-        input.new_empty((T, B, 4 * H) if save_gates else (0,)),
-        input.new_empty((2, T, B, 4 * H) if norm else (0,)),
-        input.new_empty((T, B, 4) if norm else (0,), dtype=wide),
-    )
-
-
-@torch.library.register_fake("llmkern::lstm_backward")
-def _lstm_backward_fake(  # type: ignore[no-untyped-def]
-    grad_output,
-    grad_h_n,
-    grad_c_n,
-    grad_cells,
-    input,
-    h_0,
-    c_0,
-    weight_ih,
-    weight_hh,
-    bias_ih,
-    bias_hh,
-    weight_hr,
-    norm_gates,
-    norm_cell,
-    lengths,
-    reset,
-    seed,
-    output,
-    cells,
-    gates,
-    normalized,
-    scales,
-    zoneout_h=0.0,
-    zoneout_c=0.0,
-    reverse=False,
-    weights=True,
-):
-    T, B, _ = input.shape
-    dense = [input.new_empty(t.shape) for t in (input, h_0, c_0)]
-    grad_gates = input.new_empty((0,) if weights else (T, B, weight_ih.shape[0]))
-    bias = input.new_empty(weight_ih.shape[0])
-    wanted = (weight_ih, weight_hh, bias, weight_hr, norm_gates, norm_cell)
-    return (
-        *dense,
-        grad_gates,
-        *[input.new_empty(t.shape if weights and t is not None else (0,)) for t in wanted],
-    )
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Generator, Tensor
 
-from llmkern.ops import _checks
+from llmkern.ops import _checks, _seed
 
 _OP = "sample"
 _FLOAT_MAX = torch.finfo(torch.float32).max
@@ -113,30 +113,18 @@ def _int64_rows(name: str, value: Tensor, B: int, device: torch.device) -> Tenso
     return value if value.dtype == torch.int64 else value.to(torch.int64)
 
 
-def _check_int64(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(
-            f"llmkern.sample: expected {name} to be an int or an int64 Tensor [B], got {type(value).__name__}"
-        )
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"llmkern.sample: expected {name} in [-2^63, 2^63), got {value}")
-
-
 def seeds(
     seed: int | Tensor | None, generator: Generator | None, B: int, device: torch.device
 ) -> Tensor:
     """[1] or [B]."""
     if seed is None:
-        # Drawn on the CPU by default: torch.manual_seed then gives the same tokens on every device, without a sync.
-        source = torch.device("cpu") if generator is None else generator.device
-        drawn = torch.empty(1, dtype=torch.int64, device=source).random_(generator=generator)
-        return drawn.to(device, non_blocking=True)
+        return _seed.drawn(generator, (1,), device)
     if generator is not None:
         raise ValueError("llmkern.sample: expected a seed or a generator, got both")
     if isinstance(seed, Tensor):
         rows = _int64_rows("seed", seed, B, device)
         return rows if rows.dim() == 1 else rows.reshape(1)
-    _check_int64("seed", seed)
+    _seed.check_int64(_OP, "seed", seed, "B")
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
@@ -151,7 +139,7 @@ def positions(
         if seed_per_row:
             return torch.zeros(B, dtype=torch.int64, device=device)
         return torch.arange(B, device=device)
-    _check_int64("position", position)
+    _seed.check_int64(_OP, "position", position, "B")
     if B > 1 and not seed_per_row:
         raise ValueError(
             f"llmkern.sample: expected seed to be a Tensor [B] beside an int position, got one seed for B = {B} rows, "

@@ -45,8 +45,8 @@ def lstm(
     torch take their place, step by step, and more slowly.
 
     Args:
-        input: [T, B, I], T at least 1; float32 or float64, on CUDA also bfloat16 or float16, whose sums and cell state
-            are float32. Under autocast on CUDA every tensor is cast to its dtype.
+        input: [T, B, I], T at least 1; float32, float64, bfloat16 or float16. Sums and cell state are float32 for
+            16-bit types. Under autocast every tensor is cast to its dtype.
         h_0, c_0: initial states, [B, P] and [B, H]; P is H without a projection.
         weight_ih: [4*H, I], gates i, f, g, o. weight_hh: [4*H, P].
         bias_ih, bias_hh: [4*H], both or neither.
@@ -62,7 +62,7 @@ def lstm(
             step before (Krueger et al. 2017, https://arxiv.org/abs/1606.01305).
         seed: int64 [], which makes the masks of zoneout. None: their expectation, as for evaluation.
         packed: what :func:`lstm_pack` made of these weights, to save the copy at every call. It is not looked at
-            whether the weights have changed since.
+            whether the weights have changed since. Those of int8 take the place of the weights.
         recompute: on the CPU, keep only outputs and cell states for the backward pass, a third of what it needs
             otherwise, and compute the gates again there.
         return_cells: return the cell states of all steps too.
@@ -99,7 +99,7 @@ def lstm(
     if _beyond_kernels(tensors[0], variant or zoneout_h > 0 or zoneout_c > 0 or return_cells):
         results = _lstm_composite.lstm(*(*tensors, *masks, zoneout_h, zoneout_c, reverse))
         return results if return_cells else results[:3]
-    saves = _differentiable(tensors)
+    saves = _saves("lstm", tensors, packed)
     output, h_n, c_n, cells, *_ = _lstm_autograd.operator()(
         *tensors,
         *masks,
@@ -131,23 +131,39 @@ def lstm_cell(
     step, *others = tensors
     if _beyond_kernels(step, variant=False):
         return _lstm_composite.lstm(step.unsqueeze(0), *others)[1:3]
-    saves = _differentiable(tensors)
+    saves = _saves("lstm_cell", tensors, packed)
     _, h_1, c_1, *_ = _lstm_autograd.operator()(
         step.unsqueeze(0), *others, *[None] * 6, packed, 0.0, 0.0, False, saves, saves
     )
     return h_1, c_1
 
 
-def lstm_pack(weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
+def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """The weights in the order in which the CPU kernels read them, for ``lstm(..., packed=...)``.
 
     Args:
-        weight_ih: [4*H, I]. weight_hh: [4*H, H]. On the CPU, float32 or float64.
+        weight_ih: [4*H, I]. weight_hh: [4*H, P]. On the CPU.
+        dtype: their own, or torch.int8 for float32 weights: each row of both is rounded to multiples of its largest
+            magnitude / 127. Sums, states and everything else stay float32; there are no gradients.
 
     Returns:
-        A vector as large as both. Under another instruction set (``llmkern.info()["cpu_isa"]``) it is not used.
+        A vector about as large as both have in that dtype. It is made for the instruction set in use
+        (``llmkern.info()["cpu_isa"]``); under another one the weights are packed anew at every call.
+
+    Raises:
+        TypeError: another dtype is asked for.
     """
-    return torch.ops.llmkern.lstm_pack.default(weight_ih.detach(), weight_hh.detach())
+    if dtype not in (None, weight_hh.dtype) and (dtype, weight_hh.dtype) != (
+        torch.int8,
+        torch.float32,
+    ):
+        raise TypeError(
+            f"llmkern.lstm_pack: expected dtype {_checks.dtype_names([weight_hh.dtype])}, or int8 for float32 "
+            f"weights, got {_checks.dtype_names([dtype])}"
+        )
+    return torch.ops.llmkern.lstm_pack.default(
+        weight_ih.detach(), weight_hh.detach(), dtype == torch.int8
+    )
 
 
 def _beyond_kernels(input: Tensor, variant: bool) -> bool:
@@ -155,9 +171,15 @@ def _beyond_kernels(input: Tensor, variant: bool) -> bool:
     return (variant and input.is_cuda) or forward_ad._current_level >= 0
 
 
-def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
+def _saves(op: str, tensors: Sequence[Tensor | None], packed: Tensor | None) -> bool:
     """Whether there may be a backward pass, which needs what the forward pass computed on the way."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if saves and packed is not None and packed.dtype == torch.int8:
+        raise ValueError(
+            f"llmkern.{op}: expected no gradients with int8 weights, got an argument that requires them; "
+            "call it under torch.no_grad()"
+        )
+    return saves
 
 
 def _valid_masks(
@@ -213,7 +235,7 @@ def _validated(op: str, input_letters: str, *tensors: Tensor | None) -> tuple[An
         ("input", "h_0", "c_0", "weight_ih", "weight_hh"), tensors, strict=False
     ):
         _checks.check_tensor(op, name, tensor)
-    cast = _autocast.cast(*tensors)
+    cast = _autocast.cast(*tensors, sixteen_bits_on_cpu=True)
     _validate(op, input_letters, *cast)  # type: ignore[arg-type]
     return cast
 
@@ -236,7 +258,7 @@ def _validate(
     required |= {"weight_ih": weight_ih, "weight_hh": weight_hh}
     optional = {"bias_ih": bias_ih, "bias_hh": bias_hh, "weight_hr": weight_hr}
     optional |= {"norm_gates": norm_gates, "norm_cell": norm_cell}
-    _checks.check_float_like(op, {**required, **optional})
+    _checks.check_float_like(op, {**required, **optional}, _checks.ANY_FLOAT_DTYPES)
     _checks.check_dim(op, "input", input, input_letters)
     _checks.check_dim(op, "weight_hh", weight_hh, "4*H, H" if weight_hr is None else "4*H, P")
     B, I, P = input.shape[-2], input.shape[-1], weight_hh.shape[1]  # noqa: E741
@@ -267,3 +289,81 @@ def _validate(
         tensor = optional[name]
         if tensor is not None:
             _checks.check_shape(op, name, tensor, letters, shape)
+
+
+@torch.library.register_fake("llmkern::lstm")
+def _lstm_fake(  # type: ignore[no-untyped-def]
+    input,
+    h_0,
+    c_0,
+    weight_ih,
+    weight_hh,
+    bias_ih=None,
+    bias_hh=None,
+    weight_hr=None,
+    norm_gates=None,
+    norm_cell=None,
+    lengths=None,
+    reset=None,
+    seed=None,
+    packed=None,
+    zoneout_h=0.0,
+    zoneout_c=0.0,
+    reverse=False,
+    save_cells=False,
+    save_gates=False,
+):
+    T, B, _ = input.shape
+    H, P = c_0.shape[1], h_0.shape[1]
+    wide = _checks.widened(input.dtype)
+    norm = save_gates and norm_gates is not None
+    return (
+        input.new_empty(T, B, P),
+        input.new_empty(B, P),
+        input.new_empty(B, H),
+        input.new_empty((T, B, H) if save_cells else (0,), dtype=wide),
+        input.new_empty((T, B, 4 * H) if save_gates else (0,)),
+        input.new_empty((2, T, B, 4 * H) if norm else (0,)),
+        input.new_empty((T, B, 4) if norm else (0,), dtype=wide),
+    )
+
+
+@torch.library.register_fake("llmkern::lstm_backward")
+def _lstm_backward_fake(  # type: ignore[no-untyped-def]
+    grad_output,
+    grad_h_n,
+    grad_c_n,
+    grad_cells,
+    input,
+    h_0,
+    c_0,
+    weight_ih,
+    weight_hh,
+    bias_ih,
+    bias_hh,
+    weight_hr,
+    norm_gates,
+    norm_cell,
+    lengths,
+    reset,
+    seed,
+    output,
+    cells,
+    gates,
+    normalized,
+    scales,
+    zoneout_h=0.0,
+    zoneout_c=0.0,
+    reverse=False,
+    weights=True,
+):
+    T, B, _ = input.shape
+    dense = [input.new_empty(t.shape) for t in (input, h_0, c_0)]
+    grad_gates = input.new_empty((0,) if weights else (T, B, weight_ih.shape[0]))
+    bias = input.new_empty(weight_ih.shape[0])
+    wanted = (weight_ih, weight_hh, bias, weight_hr, norm_gates, norm_cell)
+    return (
+        *dense,
+        grad_gates,
+        *[input.new_empty(t.shape if weights and t is not None else (0,)) for t in wanted],
+    )

@@ -17,6 +17,7 @@ import llmkern
 from llmkern.ops import _checks
 from llmkern.training import Trainer, TrainingArguments
 from tests.conftest import TOLERANCE, assert_close, assert_no_less_accurate
+from tests.ops import philox_oracle as oracle
 
 from . import build
 
@@ -80,7 +81,7 @@ def _emulated() -> None:
 
 @pytest.fixture(autouse=True)
 def _all_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_checks, "float_dtypes", lambda tensor: _checks.CUDA_FLOAT_DTYPES)
+    monkeypatch.setattr(_checks, "float_dtypes", lambda tensor: _checks.ANY_FLOAT_DTYPES)
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -143,6 +144,24 @@ def test_embedding_of_nothing():
     out.sum().backward()
     assert out.shape == (0, 2, 3)
     assert torch.equal(table.grad, torch.zeros(4, 3, dtype=torch.float64))
+
+
+# ---- dropout ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SIXTEEN_BIT])
+@pytest.mark.parametrize("locked", [False, True])
+def test_dropout(dtype, locked):
+    """The masks of the CPU, here and in the gradient."""
+    mask = torch.from_numpy(oracle.mask(4, oracle.DROPOUT, 5 if locked else 15, 13, 0.25))
+    x, ones = leaf(3, 5, 13, dtype=dtype), torch.ones(3, 5, 13, dtype=dtype)
+    keep = ones.masked_fill(mask.reshape(-1, 5, 13), 0)
+    y = llmkern.ops.dropout(x, 0.25, locked=locked, seed=4)
+    assert_close(y, x * keep * torch.tensor(4 / 3, dtype=dtype), 2 * torch.finfo(dtype).eps)
+    (grad,) = torch.autograd.grad(y, x, ones)
+    assert_close(grad, keep * torch.tensor(4 / 3, dtype=dtype), 2 * torch.finfo(dtype).eps)
+    assert torch.equal(torch.ops.llmkern.mask(torch.tensor(4), 2, 5, 13, 0.25), mask[:5])
+    assert llmkern.ops.dropout(torch.zeros(2, 0), seed=1).shape == (2, 0)
 
 
 # ---- lstm ----
@@ -283,6 +302,8 @@ def test_fake_kernels_agree(dtype):
         (ops.lstm, (x, h, c, w_ih, w_hh, *[None] * 9, 0.0, 0.0, False, True, True)),
         (ops.linear_cross_entropy, (rows, w_ih, None, target, None, 1, -100, 0.0)),
         (ops.embedding, (ids, w_ih, -1, False)),
+        (ops.dropout, (x, torch.tensor(1), 0.5, 8)),
+        (ops.mask, (torch.tensor(1), 2, 3, 17, 0.5)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "kernels/half.h"
+
 namespace llmkern::cpu::LLMKERN_ISA {
 
 #if defined(__AVX512F__)
@@ -27,6 +29,7 @@ typedef float FloatVec __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVec __attribute__((vector_size(kVectorBytes)));
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 typedef int64_t LongVec __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));  // as many as a vector has floats
 
 template <class T>
 struct VecOf;
@@ -37,6 +40,10 @@ struct VecOf<float> {
 template <>
 struct VecOf<double> {
   using type = DoubleVec;
+};
+template <>
+struct VecOf<int32_t> {
+  using type = IntVec;
 };
 
 // Integers as wide as T, one a lane: what a shuffle is told.
@@ -49,6 +56,10 @@ struct IndexOf<float> {
 template <>
 struct IndexOf<double> {
   using type = LongVec;
+};
+template <>
+struct IndexOf<int32_t> {
+  using type = IntVec;
 };
 
 template <class T>
@@ -68,19 +79,36 @@ inline void store(T* to, Vec<T> v) {
   memcpy(to, &v, sizeof v);
 }
 
-// The first `count` lanes, at most all; the others read as zero and are not written.
+// The first `count` lanes, at most all; the others read as zero and are not written. With AVX-512 one instruction; a
+// memcpy of a variable size is a call.
 template <class T>
 inline Vec<T> load(const T* from, int64_t count) {
   if (count == kLanes<T>) return load(from);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), from);
+  } else {
+    return (Vec<T>)_mm512_maskz_loadu_epi64(static_cast<__mmask8>((1u << count) - 1), from);
+  }
+#else
   Vec<T> v = {};
   memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
   return v;
+#endif
 }
 
 template <class T>
 inline void store(T* to, Vec<T> v, int64_t count) {
   if (count == kLanes<T>) return store(to, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << count) - 1), (__m512i)v);
+  } else {
+    _mm512_mask_storeu_epi64(to, static_cast<__mmask8>((1u << count) - 1), (__m512i)v);
+  }
+#else
   memcpy(to, &v, static_cast<size_t>(count) * sizeof(T));
+#endif
 }
 
 // Calls f(column, count) on every vector of [begin, end); the last may be shorter than a vector.
