@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from llmkern import ops
 from llmkern.nn._packing import PackedWeights, checked_dtype
 from llmkern.ops import _seed
+from llmkern.ops._checks import ShapeError
 
 State = tuple[Tensor, Tensor]
 
@@ -211,7 +212,7 @@ class LSTM(nn.RNNBase):
             raise TypeError(f"llmkern.LSTM: expected a Tensor, got {type(input).__name__}")
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
             shape = "[B, T, I]" if self.batch_first else "[T, B, I]"
-            raise ValueError(
+            raise ShapeError(
                 f"llmkern.LSTM: expected input of shape {shape} or [T, I] with I = {self.input_size}, "
                 f"got {list(input.shape)}"
             )
@@ -236,7 +237,7 @@ class LSTM(nn.RNNBase):
                     f"llmkern.LSTM: expected {name} to be a Tensor, got {type(state).__name__}"
                 )
             if list(state.shape) != shape:
-                raise ValueError(
+                raise ShapeError(
                     f"llmkern.LSTM: expected {name} of shape [{letters}] = {shape}, got {list(state.shape)}"
                 )
         h_0, c_0 = hx

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from llmkern.ops import _autocast, _checks
+from llmkern.ops import _autocast, _checks, _lstm_autograd, _lstm_composite
 
 
 def lstm(
@@ -38,6 +39,10 @@ def lstm(
     return_cells: bool = False,
 ) -> tuple[Tensor, ...]:
     """Runs one LSTM layer in one direction over all steps.
+
+    Differentiable any number of times, under torch.func too. Second derivatives, derivatives in forward mode, and on
+    CUDA projections, layer norm, zoneout, resets and ``return_cells`` have no kernels of their own: plain operations of
+    torch take their place, step by step, and more slowly.
 
     Args:
         input: [T, B, I], T at least 1; float32, float64, bfloat16 or float16. Sums and cell state are float32 for
@@ -90,8 +95,12 @@ def lstm(
         norm_cell,
     )
     masks = _valid_masks(input, lengths, reset, seed, (zoneout_h, zoneout_c))
+    variant = any(t is not None for t in (weight_hr, norm_gates, reset))
+    if _beyond_kernels(tensors[0], variant or zoneout_h > 0 or zoneout_c > 0 or return_cells):
+        results = _lstm_composite.lstm(*(*tensors, *masks, zoneout_h, zoneout_c, reverse))
+        return results if return_cells else results[:3]
     saves = _saves("lstm", tensors, packed)
-    output, h_n, c_n, cells, *_ = torch.ops.llmkern.lstm.default(
+    output, h_n, c_n, cells, *_ = _lstm_autograd.operator()(
         *tensors,
         *masks,
         packed,
@@ -120,9 +129,11 @@ def lstm_cell(
         "lstm_cell", "B, I", input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
     )
     step, *others = tensors
+    if _beyond_kernels(step, variant=False):
+        return _lstm_composite.lstm(step.unsqueeze(0), *others)[1:3]
     saves = _saves("lstm_cell", tensors, packed)
-    _, h_1, c_1, *_ = torch.ops.llmkern.lstm.default(
-        step.unsqueeze(0), *others, packed=packed, save_cells=saves, save_gates=saves
+    _, h_1, c_1, *_ = _lstm_autograd.operator()(
+        step.unsqueeze(0), *others, *[None] * 6, packed, 0.0, 0.0, False, saves, saves
     )
     return h_1, c_1
 
@@ -153,6 +164,11 @@ def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, *, dtype: torch.dtype | None
     return torch.ops.llmkern.lstm_pack.default(
         weight_ih.detach(), weight_hh.detach(), dtype == torch.int8
     )
+
+
+def _beyond_kernels(input: Tensor, variant: bool) -> bool:
+    """Whether this takes the composite layer: variants on CUDA, and derivatives in forward mode (torch.func.jvp)."""
+    return (variant and input.is_cuda) or forward_ad._current_level >= 0
 
 
 def _saves(op: str, tensors: Sequence[Tensor | None], packed: Tensor | None) -> bool:
@@ -199,8 +215,11 @@ def _valid_lengths(lengths: Tensor, input: Tensor) -> Tensor:
     _checks.check_shape("lstm", "lengths", lengths, "B", [B])
     _checks.check_same_device("lstm", {"input": input, "lengths": lengths})
     if (
-        lengths.is_cuda or torch.compiler.is_compiling()
-    ):  # looking at the values would wait for them
+        lengths.is_cuda
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
+    ):
+        # Looking at the values would wait for them, or cannot be done.
         return lengths.clamp(0, T).to(torch.int64)
     wrong = ((lengths < 0) | (lengths > T)).nonzero()
     if len(wrong):
@@ -246,7 +265,7 @@ def _validate(
     H = P if weight_hr is None else weight_hh.shape[0] // 4
     for what, there in (("time step", input.dim() == 2 or input.shape[0]), ("hidden unit", H * P)):
         if not there:
-            raise ValueError(
+            raise _checks.ShapeError(
                 f"llmkern.{op}: expected at least one {what}, got input of shape {list(input.shape)} "
                 f"and weight_hh of shape {list(weight_hh.shape)}"
             )
@@ -348,46 +367,3 @@ def _lstm_backward_fake(  # type: ignore[no-untyped-def]
         grad_gates,
         *[input.new_empty(t.shape if weights and t is not None else (0,)) for t in wanted],
     )
-
-
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *parameters, _, zoneout_h, zoneout_c, reverse, save_cells, _ = inputs
-    step_output, _, _, cells, *rest = output
-    ctx.options = zoneout_h, zoneout_c, reverse
-    ctx.saved = save_cells
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*rest)
-    ctx.save_for_backward(*parameters, step_output, cells, *rest)
-
-
-def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, *_):  # type: ignore[no-untyped-def]
-    if not ctx.saved:
-        raise RuntimeError("llmkern.lstm: expected save_cells=True for a backward pass, got False")
-    grad_input, grad_h_0, grad_c_0, _, grad_ih, grad_hh, grad_bias, *grad_variant = (
-        torch.ops.llmkern.lstm_backward.default(
-            grad_output, grad_h_n, grad_c_n, grad_cells, *ctx.saved_tensors, *ctx.options
-        )
-    )
-    bias, variant = ctx.saved_tensors[5], ctx.saved_tensors[7:10]
-    return (
-        grad_input,
-        grad_h_0,
-        grad_c_0,
-        grad_ih,
-        grad_hh,
-        # Two tensors: autograd may add into a gradient in place.
-        *((None, None) if bias is None else (grad_bias, grad_bias.clone())),
-        *[None if t is None else grad for t, grad in zip(variant, grad_variant, strict=True)],
-        *[None] * 9,
-    )
-
-
-def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "llmkern.lstm: expected a single backward pass, got a request for second derivatives; "
-        "use torch.nn.LSTM where they are needed"
-    )
-
-
-torch.library.register_autograd("llmkern::lstm", _backward, setup_context=_save_for_backward)
-torch.library.register_autograd("llmkern::lstm_backward", _refuse_double_backward)
