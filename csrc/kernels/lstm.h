@@ -37,8 +37,9 @@
 //
 // and, over all steps at once: dW_ih = da^T x, dW_hh = da^T h_{t-1}, dx = da W_ih, db = sum of da.
 //
-// On CUDA the products over all steps are the framework's; LstmRecurrence and its gradient are what is left. T may be
-// 16 bit there: then sums, gates before activation and cells are float32 (Widened<T>), and h is rounded once a step.
+// Where T has 16 bits, sums, gates before activation and cells are float32 (Widened<T>), and h is rounded once a step.
+//
+// On CUDA the products over all steps are the framework's; LstmRecurrence and its gradient are what is left.
 #pragma once
 
 #include <cstdint>
@@ -65,7 +66,8 @@ struct LstmForward {
   const T *bias_ih, *bias_hh;  // both, or both null
   LstmVariant<T> variant;
   const int64_t* lengths;  // [B], each in [0, steps], or null
-  const T* packed;         // the weights as LstmPack has written them, or null
+  const void* packed;      // the weights as LstmPack has written them, or null
+  bool quantised;          // those have 8 bits; without `packed` they are made so here
   T* output;
   Widened<T>* cells;  // these null where nobody needs them
   T* gates;
@@ -76,38 +78,35 @@ struct LstmForward {
   bool reverse;
 };
 
-// The weights in the order in which the kernels of the instruction set in use read them.
+// What weights are packed for: a forward pass, one with 8 bits a weight, or a backward pass, for the products da W_hh
+// and da W_ih of each step.
+enum class LstmPacking : int64_t { kForward, kQuantised, kBackward };
+
+// The weights in the order in which the kernels of the instruction set in use read them, behind a header that says
+// which order that is: others do not take them for their own.
+//
+// Quantised (float alone), a row of a weight is scale * q with integers |q| <= 127 and scale = max |w| / 127. Where
+// there is an instruction for it q is multiplied by 16-bit activations; elsewhere the rounded weights are kept in 32
+// bits.
 template <class T>
 struct LstmPack {
   const T *weight_ih, *weight_hh;
-  T* packed;  // [lstm_packed_elements]
+  LstmPacking packing;
+  void* packed;  // as many as LstmPackedBytes says, aligned to 64
   int64_t I, H, P;
 };
 
-// Whatever the instruction set: a header that names it, so that another one does not take these weights for its own,
-// and panels of whole vectors of 64 bytes.
-constexpr int64_t kLstmVectorBytes = 64;
-template <class T>
-constexpr int64_t kLstmPackHeader = kLstmVectorBytes / static_cast<int64_t>(sizeof(T));
-template <class T>
-constexpr int64_t lstm_packed_elements(int64_t I, int64_t H, int64_t P) {
-  constexpr int64_t kUnits = kLstmVectorBytes / static_cast<int64_t>(sizeof(T));
-  return kLstmPackHeader<T> + (H + kUnits - 1) / kUnits * kUnits * 4 * (I + P);
-}
-
-// The weights in the order in which the backward pass reads them: for the products da W_hh and da W_ih of a step.
-template <class T>
-struct LstmPackBackward {
-  const T *weight_ih, *weight_hh;
-  T* packed;  // [lstm_packed_backward_elements]
-  int64_t I, H, P;
+struct LstmPackHeader {
+  int64_t magic, vector_bytes, terms, sum_bytes, packing, I, H, P;
 };
+constexpr int64_t kLstmPackMagic = 0x4b43415020534c;
 
 template <class T>
-constexpr int64_t lstm_packed_backward_elements(int64_t I, int64_t H, int64_t P) {
-  constexpr int64_t kUnits = kLstmVectorBytes / static_cast<int64_t>(sizeof(T));
-  return kLstmPackHeader<T> + ((P + kUnits - 1) / kUnits + (I + kUnits - 1) / kUnits) * kUnits * 4 * H;
-}
+struct LstmPackedBytes {
+  LstmPacking packing;
+  int64_t I, H, P;
+  int64_t* bytes;  // a multiple of 64
+};
 
 template <class T>
 struct LstmBackward {
@@ -122,8 +121,8 @@ struct LstmBackward {
   const Widened<T>* cells;
   const T *gates, *normalized;  // null: computed again
   const Widened<T>* scales;
-  const T* packed;  // the weights as LstmPackBackward has written them, or null, as with lengths and variants
-  T* grad_gates;    // [T, B, 4H]: da of every step; may be null where the gradients of the weights are wanted
+  const void* packed;  // the weights packed for the backward pass, or null, as with lengths and variants
+  T* grad_gates;       // [T, B, 4H]: da of every step; may be null where the gradients of the weights are wanted
   T *grad_input, *grad_h_0, *grad_c_0;
   T *grad_weight_ih, *grad_weight_hh;  // null: the gradients of weights, biases and gains are not wanted
   T* grad_bias;                        // [4H]: the gradient of both biases

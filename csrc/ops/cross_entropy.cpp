@@ -139,7 +139,7 @@ Three linear_cross_entropy_cuda(const Tensor& input, const Tensor& weight, const
   const Tensor row_loss = empty(input, {n.N}, ScalarType::Double), lse = empty(input, {n.N}, ScalarType::Double);
   const Tensor total_weight = empty(input, {}, wide);
   const int64_t chunk_rows = kCudaChunks.rows(n.N, n.V, wide == ScalarType::Double ? 8 : 4);
-  for_cuda_dtype(kName, "input", input, [&](auto value) {
+  for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     for (int64_t row = 0; row < n.N; row += chunk_rows) {
       const int64_t rows = std::min(chunk_rows, n.N - row);
@@ -185,7 +185,7 @@ Three linear_cross_entropy_backward_cuda(const Tensor& grad_loss_any, const Tens
   const Tensor grad_input = empty(input, {n.N, n.D});
   OptionalTensor grad_weight, grad_bias;
   const int64_t chunk_rows = kCudaChunks.rows(n.N, n.V, wide == ScalarType::Double ? 8 : 4);
-  for_cuda_dtype(kName, "input", input, [&](auto value) {
+  for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     for (int64_t row = 0; row < n.N; row += chunk_rows) {
       const int64_t rows = std::min(chunk_rows, n.N - row);

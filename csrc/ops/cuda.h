@@ -41,24 +41,6 @@ class OnCuda {
 // Raises and clears what the kernels that have run on the current device found wrong.
 void raise_deferred_error();
 
-// Calls f(T{}) with the storage type of a float32, float64, bfloat16 or float16 tensor.
-template <class F>
-void for_cuda_dtype(const char* what, const char* name, const Tensor& tensor, const F& f) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(bfloat16{});
-    case ScalarType::Half:
-      return f(float16{});
-    default:
-      fail(what, "expected ", name, " of dtype float32, float64, bfloat16 or float16, got ",
-           torch::headeronly::toString(tensor.scalar_type()));
-  }
-}
-
 // a [m, k] times b [k, n] by the framework; sums in float32 at least, the result of a's dtype, the given one (a's own
 // or float32), or into `out` [m, n], of a's dtype.
 Tensor product(const Tensor& a, const Tensor& b);

@@ -101,7 +101,7 @@ Tensor embedding_cuda(const Tensor& ids_any, const Tensor& weight_any, int64_t, 
   Tensor out = torch::stable::new_empty(weight, output_shape(ids, D));
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
-    for_cuda_dtype(kName, "weight", weight, [&](auto value) {
+    for_storage_dtype(kName, "weight", weight, [&](auto value) {
       using T = decltype(value);
       cuda::run(
           EmbeddingForward<T, Index>{data<T>(weight), data<Index>(ids), mutable_data<T>(out), N, V, D, cuda.error()},
@@ -122,7 +122,7 @@ Tensor embedding_backward_cuda(const Tensor& grad_any, const Tensor& ids_any, in
   Tensor workspace = empty(grad, {embedding_workspace_bytes(N, D)}, ScalarType::Byte);
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
-    for_cuda_dtype(kName, "the gradient", grad, [&](auto value) {
+    for_storage_dtype(kName, "the gradient", grad, [&](auto value) {
       using T = decltype(value);
       cuda::run(EmbeddingBackwardSorted<T, Index>{data<T>(grad), data<Index>(sorted_ids), data<int64_t>(order),
                                                   mutable_data<T>(grad_weight), workspace.mutable_data_ptr(), N, V, D,

@@ -2,6 +2,7 @@
 // torch.ops.llmkern.lstm and its gradient: schema, checks, allocation, launch. The math is in kernels/lstm.h.
 #include "kernels/lstm.h"
 
+#include <cstring>
 #include <tuple>
 
 #include "ops/cuda.h"
@@ -133,47 +134,84 @@ Saved Saved::contiguous() const {
           row_major(cells),       row_major(gates),    row_major(normalized), row_major(scales)};
 }
 
-int64_t packed_elements(ScalarType dtype, int64_t I, int64_t H, int64_t P) {
-  return dtype == ScalarType::Double ? lstm_packed_elements<double>(I, H, P) : lstm_packed_elements<float>(I, H, P);
+int64_t bytes_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Char:
+      return 1;
+    default:
+      return 2;
+  }
 }
 
-Sizes check_weights(const Tensor& weight_ih, const Tensor& weight_hh) {
-  check_dim(kName, "weight_ih", weight_ih, 2);
-  check_dim(kName, "weight_hh", weight_hh, 2);
-  const int64_t I = weight_ih.size(1), H = weight_hh.size(0) / 4, P = weight_hh.size(1);
-  check_shape(kName, "weight_hh", weight_hh, {4 * H, P});
-  check_shape(kName, "weight_ih", weight_ih, {4 * H, I});
-  check_dtype(kName, "weight_ih", weight_ih, weight_hh.scalar_type());
-  return {0, 0, I, H, P};
+// What packed weights take under the instruction set in use.
+int64_t packed_bytes(ScalarType dtype, LstmPacking packing, int64_t I, int64_t H, int64_t P) {
+  int64_t bytes = 0;
+  const auto ask = [&](auto value) {
+    cpu::run(LstmPackedBytes<decltype(value)>{packing, I, H, P, &bytes}, torch_parallel());
+  };
+  switch (dtype) {
+    case ScalarType::Double:
+      ask(double{});
+      break;
+    case ScalarType::Float:
+      ask(float{});
+      break;
+    case ScalarType::BFloat16:
+      ask(bfloat16{});
+      break;
+    default:
+      ask(float16{});
+  }
+  return bytes;
 }
 
-Tensor lstm_pack_cpu(const Tensor& weight_ih_any, const Tensor& weight_hh_any) {
-  const Sizes n = check_weights(weight_ih_any, weight_hh_any);
+Tensor packed_for(LstmPacking packing, const Tensor& weight_ih_any, const Tensor& weight_hh_any) {
+  check_dim(kName, "weight_ih", weight_ih_any, 2);
+  check_dim(kName, "weight_hh", weight_hh_any, 2);
+  const int64_t I = weight_ih_any.size(1), H = weight_hh_any.size(0) / 4, P = weight_hh_any.size(1);
+  const ScalarType dtype = weight_hh_any.scalar_type();
+  check_shape(kName, "weight_hh", weight_hh_any, {4 * H, P});
+  check_shape(kName, "weight_ih", weight_ih_any, {4 * H, I});
+  check_dtype(kName, "weight_ih", weight_ih_any, dtype);
+  const bool quantised = packing == LstmPacking::kQuantised;
+  if (quantised) check_dtype(kName, "weights of 8 bits made of one", weight_hh_any, ScalarType::Float);
   const Tensor weight_ih = row_major(weight_ih_any), weight_hh = row_major(weight_hh_any);
-  const Tensor packed = empty(weight_hh, {packed_elements(weight_hh.scalar_type(), n.I, n.H, n.P)});
-  for_float_dtype(kName, "weight_hh", weight_hh, [&](auto value) {
+  Tensor packed;
+  for_storage_dtype(kName, "weight_hh", weight_hh, [&](auto value) {
     using T = decltype(value);
-    cpu::run(LstmPack<T>{data<T>(weight_ih), data<T>(weight_hh), mutable_data<T>(packed), n.I, n.H, n.P},
+    const ScalarType kept = quantised ? ScalarType::Char : dtype;
+    packed = empty(weight_hh, {packed_bytes(dtype, packing, I, H, P) / bytes_of(kept)}, kept);
+    cpu::run(LstmPack<T>{data<T>(weight_ih), data<T>(weight_hh), packing, packed.mutable_data_ptr(), I, H, P},
              torch_parallel());
   });
   return packed;
 }
 
-int64_t packed_backward_elements(ScalarType dtype, int64_t I, int64_t H, int64_t P) {
-  return dtype == ScalarType::Double ? lstm_packed_backward_elements<double>(I, H, P)
-                                     : lstm_packed_backward_elements<float>(I, H, P);
+Tensor lstm_pack_cpu(const Tensor& weight_ih, const Tensor& weight_hh, bool quantised) {
+  return packed_for(quantised ? LstmPacking::kQuantised : LstmPacking::kForward, weight_ih, weight_hh);
 }
 
-Tensor lstm_pack_backward_cpu(const Tensor& weight_ih_any, const Tensor& weight_hh_any) {
-  const Sizes n = check_weights(weight_ih_any, weight_hh_any);
-  const Tensor weight_ih = row_major(weight_ih_any), weight_hh = row_major(weight_hh_any);
-  const Tensor packed = empty(weight_hh, {packed_backward_elements(weight_hh.scalar_type(), n.I, n.H, n.P)});
-  for_float_dtype(kName, "weight_hh", weight_hh, [&](auto value) {
-    using T = decltype(value);
-    const LstmPackBackward<T> pack = {data<T>(weight_ih), data<T>(weight_hh), mutable_data<T>(packed), n.I, n.H, n.P};
-    cpu::run(pack, torch_parallel());
-  });
-  return packed;
+Tensor lstm_pack_backward_cpu(const Tensor& weight_ih, const Tensor& weight_hh) {
+  return packed_for(LstmPacking::kBackward, weight_ih, weight_hh);
+}
+
+// The packed weights, or null where another instruction set has packed them. Their header is the caller's promise that
+// they are of this layer; their size is not.
+const void* usable(const OptionalTensor& packed, LstmPacking packing, const Sizes& n, ScalarType dtype) {
+  if (!packed.has_value()) return nullptr;
+  if (packing != LstmPacking::kQuantised) check_dtype(kName, "packed", *packed, dtype);
+  const int64_t bytes = packed->numel() * bytes_of(packed->scalar_type());
+  LstmPackHeader header = {};
+  if (bytes >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed->const_data_ptr(), sizeof header);
+  if (header.magic != kLstmPackMagic || header.I != n.I || header.H != n.H || header.P != n.P) {
+    fail(kName, "expected packed to be what lstm_pack makes of weights with I, H, P = ", n.I, ", ", n.H, ", ", n.P,
+         ", got another tensor of shape ", shape_text(*packed));
+  }
+  return bytes == packed_bytes(dtype, packing, n.I, n.H, n.P) ? packed->const_data_ptr() : nullptr;
 }
 
 using Steps = std::vector<Tensor>;
@@ -203,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_weight_gradients_cpu(Steps grad_gates, S
   for (const Tensor& step : grad_gates) rows.push_back(step.dim() == 2 ? step.size(0) : -1);
   const Tensor grad_weight_ih = empty(input[0], {4 * H, I}), grad_weight_hh = empty(input[0], {4 * H, P});
   const Tensor grad_bias = empty(input[0], {4 * H});
-  for_float_dtype(kName, "grad_gates", grad_gates[0], [&](auto value) {
+  for_storage_dtype(kName, "grad_gates", grad_gates[0], [&](auto value) {
     using T = decltype(value);
     const auto gates_at = pointers<T>("grad_gates", grad_gates, rows, 4 * H, dtype);
     const auto input_at = pointers<T>("input", input, rows, I, dtype);
@@ -239,16 +277,17 @@ Forward lstm_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c
                  const Tensor& weight_hh_any, const OptionalTensor& bias_ih_any, const OptionalTensor& bias_hh_any,
                  const OptionalTensor& weight_hr_any, const OptionalTensor& norm_gates_any,
                  const OptionalTensor& norm_cell_any, const OptionalTensor& lengths_any,
-                 const OptionalTensor& reset_any, const OptionalTensor& seed, const OptionalTensor& packed,
+                 const OptionalTensor& reset_any, const OptionalTensor& seed, const OptionalTensor& packed_any,
                  double zoneout_h, double zoneout_c, bool reverse, bool save_cells, bool save_gates) {
   const Layer given = {input_any,   h_0_any,     c_0_any,       weight_ih_any,  weight_hh_any,
                        bias_ih_any, bias_hh_any, weight_hr_any, norm_gates_any, norm_cell_any,
                        lengths_any, reset_any,   seed,          zoneout_h,      zoneout_c};
   const Sizes n = given.check();
-  if (packed) {
-    check_shape(kName, "packed", *packed, {packed_elements(input_any.scalar_type(), n.I, n.H, n.P)});
-    check_dtype(kName, "packed", *packed, input_any.scalar_type());
-  }
+  const OptionalTensor packed = row_major(packed_any);
+  const ScalarType given_dtype = input_any.scalar_type();
+  const bool quantised = packed && packed->scalar_type() == ScalarType::Char && given_dtype == ScalarType::Float;
+  const LstmPacking packing = quantised ? LstmPacking::kQuantised : LstmPacking::kForward;
+  const void* packed_weights = usable(packed, packing, n, given_dtype);
   const Layer layer = given.contiguous();
   check_values(layer.lengths, n.T);
   const Tensor& input = layer.input;
@@ -259,7 +298,7 @@ Forward lstm_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c
   const Tensor gates = empty_if(save_gates, input, {n.T, n.B, 4 * n.H});
   const Tensor normalized = empty_if(norm, input, {2, n.T, n.B, 4 * n.H});
   const Tensor scales = empty_if(norm, input, {n.T, n.B, 4}, wide);
-  for_float_dtype(kName, "input", input, [&](auto value) {
+  for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cpu::run(LstmForward<T>{data<T>(input),
                             data<T>(layer.h_0),
@@ -270,7 +309,8 @@ Forward lstm_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c
                             data<T>(layer.bias_hh),
                             layer.variant<T>(),
                             data<int64_t>(layer.lengths),
-                            data<T>(packed),
+                            packed_weights,
+                            quantised,
                             mutable_data<T>(output),
                             data_if<Widened<T>>(save_cells, cells),
                             data_if<T>(save_gates, gates),
@@ -298,7 +338,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
                            const OptionalTensor& lengths_any, const OptionalTensor& reset_any,
                            const OptionalTensor& seed, const Tensor& output, const Tensor& cells, const Tensor& gates,
                            const Tensor& normalized, const Tensor& scales, double zoneout_h, double zoneout_c,
-                           bool reverse, bool weights, const OptionalTensor& packed) {
+                           bool reverse, bool weights, const OptionalTensor& packed_any) {
   const Layer given = {input_any,   h_0_any,     c_0_any,       weight_ih_any,  weight_hh_any,
                        bias_ih_any, bias_hh_any, weight_hr_any, norm_gates_any, norm_cell_any,
                        lengths_any, reset_any,   seed,          zoneout_h,      zoneout_c};
@@ -307,10 +347,11 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
   const bool norm = given.norm_gates.has_value(), projection = given.weight_hr.has_value();
   saved_any.check(n, dtype, wide, norm);
-  check_parameter("packed", packed, dtype, {packed_backward_elements(dtype, n.I, n.H, n.P)});
-  if ((!weights || packed) && (given.lengths || !given.is_plain())) {
+  if ((!weights || packed_any) && (given.lengths || !given.is_plain())) {
     fail(kName, "expected weights=True and no packed weights beside lengths and variants");
   }
+  const OptionalTensor packed = row_major(packed_any);
+  const void* packed_weights = usable(packed, LstmPacking::kBackward, n, dtype);
   const Layer layer = given.contiguous();
   const Saved saved = saved_any.contiguous();
   check_values(layer.lengths, n.T);
@@ -323,7 +364,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const Tensor grad_weight_hr = empty_if(weights && projection, input, {n.P, n.H});
   const Tensor grad_norm_gates = empty_if(weights && norm, input, {2, 4 * n.H});
   const Tensor grad_norm_cell = empty_if(weights && norm, input, {2, n.H});
-  for_float_dtype(kName, "input", input, [&](auto value) {
+  for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cpu::run(LstmBackward<T>{data<T>(saved.grad_output),
                              data<T>(saved.grad_h_n),
@@ -343,7 +384,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
                              saved.has_gates() ? data<T>(saved.gates) : nullptr,
                              saved.has_gates() && norm ? data<T>(saved.normalized) : nullptr,
                              saved.has_gates() && norm ? data<Widened<T>>(saved.scales) : nullptr,
-                             data<T>(packed),
+                             packed_weights,
                              data_if<T>(!weights, grad_gates),
                              mutable_data<T>(grad_input),
                              mutable_data<T>(grad_h_0),
@@ -404,7 +445,7 @@ Forward lstm_cuda(const Tensor& input_any, const Tensor& h_0_any, const Tensor& 
   const Tensor gates = wide == dtype ? input_gates : empty(input, {n.T, n.B, 4 * n.H});
   const Tensor output = empty(input, {n.T, n.B, n.H}), cells = empty(input, {n.T, n.B, n.H}, wide);
   const Tensor h_n = empty(input, {n.B, n.H}), c_n = empty(input, {n.B, n.H});
-  for_cuda_dtype(kName, "input", input, [&](auto value) {
+  for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cuda::run(
         LstmRecurrence<T>{data<Widened<T>>(input_gates), data<T>(layer.h_0), data<T>(layer.c_0),
@@ -443,7 +484,7 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
   const Tensor grad_gates = empty(input, {n.T, n.B, 4 * n.H}), grad_cell = empty(input, {n.B, n.H}, wide);
   const Tensor grad_h_0 = empty(input, {n.B, n.H}), grad_c_0 = empty(input, {n.B, n.H});
   const Tensor previous = empty(input, {n.T, n.B, n.H});
-  for_cuda_dtype(kName, "input", input, [&](auto value) {
+  for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cuda::run(LstmRecurrenceBackward<T>{data<T>(saved.grad_output), data<T>(saved.grad_h_n), data<T>(saved.grad_c_n),
                                         data<T>(layer.c_0), data<T>(layer.weight_hh), data<Widened<T>>(saved.cells),
@@ -479,7 +520,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
       "Tensor? lengths=None, Tensor? reset=None, Tensor? seed=None, Tensor? packed=None, float zoneout_h=0.0, "
       "float zoneout_c=0.0, bool reverse=False, bool save_cells=False, bool save_gates=False) -> (Tensor output, "
       "Tensor h_n, Tensor c_n, Tensor cells, Tensor gates, Tensor normalized, Tensor scales)");
-  m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh) -> Tensor");
+  m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh, bool quantised=False) -> Tensor");
   m.def("lstm_pack_backward(Tensor weight_ih, Tensor weight_hh) -> Tensor");
   m.def(
       "lstm_weight_gradients(Tensor[] grad_gates, Tensor[] input, Tensor[] previous) -> (Tensor grad_weight_ih, "

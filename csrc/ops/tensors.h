@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kernels/half.h"
+#include "kernels/pages.h"
 #include "kernels/parallel.h"
 #include "kernels/run.h"
 
@@ -96,7 +97,10 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), shape.begin(), strides,
                                                          element, device_type, like.get_device_index(), &made));
-  return Tensor(made);
+  const Tensor fresh(made);
+  const size_t bytes = static_cast<size_t>(fresh.numel()) * static_cast<size_t>(fresh.element_size());
+  if (bytes >= 2 * kHugePageBytes && fresh.is_cpu()) advise_huge_pages(fresh.mutable_data_ptr(), bytes);
+  return fresh;
 }
 
 // The dtype of Widened<T>.

@@ -77,9 +77,8 @@ def convert(model: nn.Module) -> Report:
     pruning), not initialised yet, quantised, or of a dtype or on a device without kernels; ``Embedding(sparse=True)``.
 
     A converted LSTM is no longer an instance of ``torch.nn.LSTM``, which ``torch.compile`` refuses to trace, but of
-    ``torch.nn.RNNBase``: code that asks ``isinstance(x, nn.LSTM)`` after the conversion gets False. It has no second
-    derivatives and is unknown to ``torch.jit.script``, ``torch.fx.symbolic_trace`` and torch's quantisation:
-    :func:`revert` it for those.
+    ``torch.nn.RNNBase``: code that asks ``isinstance(x, nn.LSTM)`` after the conversion gets False. It is unknown to
+    ``torch.jit.script``, ``torch.fx.symbolic_trace`` and torch's quantisation: :func:`revert` it for those.
 
     Args:
         model: any module. Layers that are not its submodules, in a plain list for instance, are not found.

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from llmkern import ops
-from llmkern.nn._packing import ModuleCache, PackedWeights, parameters_of
+from llmkern.nn._packing import PackedWeights, checked_dtype, parameters_of
 from llmkern.ops._lstm_loop import LstmLoop, can_defer
 
 State = tuple[Tensor, Tensor]
@@ -32,6 +33,10 @@ class LSTMCell(nn.LSTMCell):
         super().__init__(*args, **kwargs)
         self._packed = PackedWeights()
         self._loops = _Loops()
+
+    def quantize_weights(self, dtype: torch.dtype | None) -> None:
+        """As :meth:`LSTM.quantize_weights`."""
+        self._packed = PackedWeights(checked_dtype("LSTMCell", dtype))
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         if not isinstance(input, Tensor):
@@ -60,11 +65,17 @@ class LSTMCell(nn.LSTMCell):
         return ops.lstm_cell(x, *hx, weight_ih, weight_hh, bias_ih, bias_hh, packed=packed)
 
 
-class _Loops(ModuleCache):
-    """The loop that the latest steps belong to, as long as their graph lives."""
+class _Loops:
+    """The loop that the latest steps belong to, as long as their graph lives; neither saved nor copied."""
 
     def __init__(self) -> None:
         self._latest: weakref.ref[LstmLoop] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Loops":
+        return _Loops()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Loops, ()
 
     def get(self, weights: Sequence[Any], packed: PackedWeights) -> LstmLoop | None:
         """The loop over these weights, the latest one or a new one; None where their gradients cannot be deferred."""
@@ -80,7 +91,6 @@ class _Loops(ModuleCache):
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Tensors of this machine's memory, outside of torch.func's transforms."""
-    return not torch._C._are_functorch_transforms_active() and all(
-        type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors
-    )
+    """Tensors of this machine's memory, outside of torch.func's transforms and of derivatives in forward mode."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not transformed and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors)

@@ -11,6 +11,14 @@ ANY_FLOAT_DTYPES = (*FLOAT_DTYPES, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
+class ShapeError(ValueError, RuntimeError):
+    """A value is wrong: ValueError; and RuntimeError, which is what torch's own layers raise then."""
+
+
+class DtypeError(TypeError, ValueError, RuntimeError):
+    """A dtype is wrong: TypeError; torch's layers raise one of the others, depending on the layer."""
+
+
 def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
@@ -32,7 +40,7 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 def check_dtype(op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     if tensor.dtype not in dtypes:
-        raise TypeError(
+        raise DtypeError(
             f"llmkern.{op}: expected {name} of dtype {dtype_names(dtypes)}, got {dtype_names([tensor.dtype])}"
         )
 
@@ -40,7 +48,7 @@ def check_dtype(op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype
 def check_dim(op: str, name: str, tensor: Tensor, letters: str) -> None:
     """``letters`` names the expected shape, ``"T, B, I"``."""
     if tensor.dim() != letters.count(",") + 1:
-        raise ValueError(
+        raise ShapeError(
             f"llmkern.{op}: expected {name} of shape [{letters}], got {list(tensor.shape)}"
         )
 
@@ -48,7 +56,7 @@ def check_dim(op: str, name: str, tensor: Tensor, letters: str) -> None:
 def check_shape(op: str, name: str, tensor: Tensor, letters: str, shape: Sequence[int]) -> None:
     """``letters`` names the sizes in ``shape``: ``("4*H, H", [512, 128])``."""
     if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(
+        raise ShapeError(
             f"llmkern.{op}: expected {name} of shape [{letters}] = {list(shape)}, got {list(tensor.shape)}"
         )
 
@@ -58,21 +66,24 @@ def check_same_device(op: str, tensors: dict[str, Tensor | None]) -> None:
     (first, tensor), *others = ((n, t) for n, t in tensors.items() if t is not None)
     for name, other in others:
         if other.device != tensor.device:
-            raise ValueError(
+            raise ShapeError(
                 f"llmkern.{op}: expected every tensor on one device, got {first} on {tensor.device} "
                 f"and {name} on {other.device}"
             )
 
 
-def check_float_like(op: str, tensors: dict[str, Tensor | None]) -> None:
-    """The first tensor is of a dtype the kernels of its device have, and the others share its dtype and device."""
+def check_float_like(
+    op: str, tensors: dict[str, Tensor | None], dtypes: Sequence[torch.dtype] | None = None
+) -> None:
+    """The first tensor is of one of the dtypes, or of one that the kernels of its device have, and the others share its
+    dtype and device."""
     (first, tensor), *others = ((n, t) for n, t in tensors.items() if t is not None)
     check_tensor(op, first, tensor)
-    check_dtype(op, first, tensor, float_dtypes(tensor))
+    check_dtype(op, first, tensor, float_dtypes(tensor) if dtypes is None else dtypes)
     for name, other in others:
         check_tensor(op, name, other)
         if other.dtype != tensor.dtype:
-            raise TypeError(
+            raise DtypeError(
                 f"llmkern.{op}: expected {name} of {first}'s dtype {dtype_names([tensor.dtype])}, "
                 f"got {dtype_names([other.dtype])}"
             )

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from llmkern.ops import _autocast
 from llmkern.ops.lstm import explained
 
 Weights = Sequence[Tensor | None]
@@ -49,7 +48,7 @@ class LstmLoop:
         self, input: Tensor, h_0: Tensor, c_0: Tensor, packed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """:func:`llmkern.ops.lstm_cell` with these weights."""
-        state = _autocast.cast(input, h_0, c_0)
+        state = input, h_0, c_0
         try:
             return _Step.apply(self, packed, *state, self._token, *self._weights)  # type: ignore[no-any-return, no-untyped-call]
         except Exception as error:

@@ -143,9 +143,10 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 
 def _backward(ctx, grad_loss, _lse, _total_weight):  # type: ignore[no-untyped-def]
-    bias = ctx.saved_tensors[2]
+    saved = ctx.saved_tensors  # once: a checkpoint computes them for a single look
+    bias = saved[2]
     grad_input, grad_weight, grad_bias = torch.ops.llmkern.linear_cross_entropy_backward.default(
-        grad_loss, *ctx.saved_tensors, *ctx.options
+        grad_loss, *saved, *ctx.options
     )
     return grad_input, grad_weight, None if bias is None else grad_bias, *[None] * 5
 

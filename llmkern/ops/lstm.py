@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from llmkern.ops import _autocast, _checks
+from llmkern.ops import _autocast, _checks, _lstm_autograd, _lstm_composite
 
 
 def lstm(
@@ -39,9 +40,13 @@ def lstm(
 ) -> tuple[Tensor, ...]:
     """Runs one LSTM layer in one direction over all steps.
 
+    Differentiable any number of times, under torch.func too. Second derivatives, derivatives in forward mode, and on
+    CUDA projections, layer norm, zoneout, resets and ``return_cells`` have no kernels of their own: plain operations of
+    torch take their place, step by step, and more slowly.
+
     Args:
-        input: [T, B, I], T at least 1; float32 or float64, on CUDA also bfloat16 or float16, whose sums and cell state
-            are float32. Under autocast on CUDA every tensor is cast to its dtype.
+        input: [T, B, I], T at least 1; float32, float64, bfloat16 or float16. Sums and cell state are float32 for
+            16-bit types. Under autocast every tensor is cast to its dtype.
         h_0, c_0: initial states, [B, P] and [B, H]; P is H without a projection.
         weight_ih: [4*H, I], gates i, f, g, o. weight_hh: [4*H, P].
         bias_ih, bias_hh: [4*H], both or neither.
@@ -57,7 +62,7 @@ def lstm(
             step before (Krueger et al. 2017, https://arxiv.org/abs/1606.01305).
         seed: int64 [], which makes the masks of zoneout. None: their expectation, as for evaluation.
         packed: what :func:`lstm_pack` made of these weights, to save the copy at every call. It is not looked at
-            whether the weights have changed since.
+            whether the weights have changed since. Those of int8 take the place of the weights.
         recompute: on the CPU, keep only outputs and cell states for the backward pass, a third of what it needs
             otherwise, and compute the gates again there.
         return_cells: return the cell states of all steps too.
@@ -77,9 +82,17 @@ def lstm(
     """
     required = input, h_0, c_0, weight_ih, weight_hh
     layer = (*required, bias_ih, bias_hh, weight_hr, norm_gates, norm_cell)
+    masks = lengths, reset, seed, (zoneout_h, zoneout_c)
+    variant = weight_hr is not None or norm_gates is not None or reset is not None
+    variant = variant or zoneout_h > 0 or zoneout_c > 0 or return_cells
+    if _beyond_kernels(input, variant):
+        tensors = _validated("lstm", "T, B, I", *layer)
+        valid = _valid_masks(input, *masks)
+        results = _lstm_composite.lstm(*(*tensors, *valid, zoneout_h, zoneout_c, reverse))
+        return results if return_cells else results[:3]
     try:
-        tensors = _autocast.cast(*layer)
-        saves = _differentiable(tensors)
+        tensors = _autocast.cast(*layer, sixteen_bits_on_cpu=True)
+        saves = _saves("lstm", tensors, packed)
         output, h_n, c_n, cells, *_ = _run(
             *tensors,
             None if lengths is None else _valid_lengths(lengths, input),
@@ -93,7 +106,6 @@ def lstm(
             saves and not (recompute and input.device.type == "cpu"),
         )
     except Exception as error:
-        masks = lengths, reset, seed, (zoneout_h, zoneout_c)
         raise explained(error, "lstm", "T, B, I", *layer, masks=masks) from None
     return (output, h_n, c_n, cells) if return_cells else (output, h_n, c_n)
 
@@ -111,37 +123,82 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step of :func:`lstm`: input [B, I] and states [B, H] to the next states h_1, c_1 [B, H]."""
     layer = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
+    if _beyond_kernels(input, variant=False):
+        step, *others = _validated("lstm_cell", "B, I", *layer)
+        return _lstm_composite.lstm(step.unsqueeze(0), *others)[1:3]
     try:
-        tensors: Any = _autocast.cast(*layer)
-        saves = _differentiable(tensors)
+        tensors: Any = _autocast.cast(*layer, sixteen_bits_on_cpu=True)
+        saves = _saves("lstm_cell", tensors, packed)
         _, h_1, c_1, *_ = _run(
-            tensors[0].unsqueeze(0), *tensors[1:], packed=packed, save_cells=saves, save_gates=saves
+            tensors[0].unsqueeze(0),
+            *tensors[1:],
+            *[None] * 6,
+            packed,
+            0.0,
+            0.0,
+            False,
+            saves,
+            saves,
         )
     except Exception as error:
         raise explained(error, "lstm_cell", "B, I", *layer) from None
     return h_1, c_1
 
 
-def lstm_pack(weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
+def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """The weights in the order in which the CPU kernels read them, for ``lstm(..., packed=...)``.
 
     Args:
-        weight_ih: [4*H, I]. weight_hh: [4*H, H]. On the CPU, float32 or float64.
+        weight_ih: [4*H, I]. weight_hh: [4*H, P]. On the CPU.
+        dtype: their own, or torch.int8 for float32 weights: each row of both is rounded to multiples of its largest
+            magnitude / 127. Sums, states and everything else stay float32; there are no gradients.
 
     Returns:
-        A vector as large as both. Under another instruction set (``llmkern.info()["cpu_isa"]``) it is not used.
+        A vector about as large as both have in that dtype. It is made for the instruction set in use
+        (``llmkern.info()["cpu_isa"]``); under another one the weights are packed anew at every call.
+
+    Raises:
+        TypeError: another dtype is asked for.
     """
-    return torch.ops.llmkern.lstm_pack.default(weight_ih.detach(), weight_hh.detach())
+    if dtype not in (None, weight_hh.dtype) and (dtype, weight_hh.dtype) != (
+        torch.int8,
+        torch.float32,
+    ):
+        raise TypeError(
+            f"llmkern.lstm_pack: expected dtype {_checks.dtype_names([weight_hh.dtype])}, or int8 for float32 "
+            f"weights, got {_checks.dtype_names([dtype])}"
+        )
+    return torch.ops.llmkern.lstm_pack.default(
+        weight_ih.detach(), weight_hh.detach(), dtype == torch.int8
+    )
 
 
-def _run(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+def _beyond_kernels(input: Tensor, variant: bool) -> bool:
+    """Whether this takes the composite layer: variants on CUDA, and derivatives in forward mode (torch.func.jvp)."""
+    # Not every input is a tensor: the operator has still to say so.
+    return (variant and getattr(input, "is_cuda", False)) or forward_ad._current_level >= 0
+
+
+def _saves(op: str, tensors: Sequence[Tensor | None], packed: Tensor | None) -> bool:
+    """Whether there may be a backward pass, which needs what the forward pass computed on the way."""
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if saves and packed is not None and packed.dtype == torch.int8:
+        raise ValueError(
+            f"llmkern.{op}: expected no gradients with int8 weights, got an argument that requires them; "
+            "call it under torch.no_grad()"
+        )
+    return saves
+
+
+def _run(*arguments: Any) -> tuple[Tensor, ...]:
     """The operator. Where nothing is recorded it is called below autograd, which would do the same, 6 us later."""
-    operator = torch.ops.llmkern.lstm.default
-    recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
-    if recorded or torch._C._are_functorch_transforms_active():
-        return operator(*arguments, **options)  # type: ignore[no-any-return]
+    operator = _lstm_autograd.operator()
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return operator(*arguments)  # type: ignore[no-any-return]
+    if operator is not torch.ops.llmkern.lstm.default:
+        return operator(*arguments)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments, **options)  # type: ignore[no-any-return]
+        return operator(*arguments)  # type: ignore[no-any-return]
 
 
 def explained(
@@ -158,11 +215,6 @@ def explained(
     except (TypeError, ValueError) as better:
         return better
     return error
-
-
-def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether there may be a backward pass, which needs what the forward pass computed on the way."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _valid_masks(
@@ -198,8 +250,11 @@ def _valid_lengths(lengths: Tensor, input: Tensor) -> Tensor:
     _checks.check_shape("lstm", "lengths", lengths, "B", [B])
     _checks.check_same_device("lstm", {"input": input, "lengths": lengths})
     if (
-        lengths.is_cuda or torch.compiler.is_compiling()
-    ):  # looking at the values would wait for them
+        lengths.is_cuda
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(lengths)
+    ):
+        # Looking at the values would wait for them, or cannot be done.
         return lengths.clamp(0, T).to(torch.int64)
     wrong = ((lengths < 0) | (lengths > T)).nonzero()
     if len(wrong):
@@ -215,7 +270,7 @@ def _validated(op: str, input_letters: str, *tensors: Tensor | None) -> tuple[An
         ("input", "h_0", "c_0", "weight_ih", "weight_hh"), tensors, strict=False
     ):
         _checks.check_tensor(op, name, tensor)
-    cast = _autocast.cast(*tensors)
+    cast = _autocast.cast(*tensors, sixteen_bits_on_cpu=True)
     _validate(op, input_letters, *cast)  # type: ignore[arg-type]
     return cast
 
@@ -238,14 +293,14 @@ def _validate(
     required |= {"weight_ih": weight_ih, "weight_hh": weight_hh}
     optional = {"bias_ih": bias_ih, "bias_hh": bias_hh, "weight_hr": weight_hr}
     optional |= {"norm_gates": norm_gates, "norm_cell": norm_cell}
-    _checks.check_float_like(op, {**required, **optional})
+    _checks.check_float_like(op, {**required, **optional}, _checks.ANY_FLOAT_DTYPES)
     _checks.check_dim(op, "input", input, input_letters)
     _checks.check_dim(op, "weight_hh", weight_hh, "4*H, H" if weight_hr is None else "4*H, P")
     B, I, P = input.shape[-2], input.shape[-1], weight_hh.shape[1]  # noqa: E741
     H = P if weight_hr is None else weight_hh.shape[0] // 4
     for what, there in (("time step", input.dim() == 2 or input.shape[0]), ("hidden unit", H * P)):
         if not there:
-            raise ValueError(
+            raise _checks.ShapeError(
                 f"llmkern.{op}: expected at least one {what}, got input of shape {list(input.shape)} "
                 f"and weight_hh of shape {list(weight_hh.shape)}"
             )
@@ -360,46 +415,3 @@ def _lstm_weight_gradients_fake(grad_gates, input, previous):  # type: ignore[no
         like.new_empty(columns, previous[0].shape[1]),
         like.new_empty(columns),
     )
-
-
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *parameters, _, zoneout_h, zoneout_c, reverse, save_cells, _ = inputs
-    step_output, _, _, cells, *rest = output
-    ctx.options = zoneout_h, zoneout_c, reverse
-    ctx.saved = save_cells
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*rest)
-    ctx.save_for_backward(*parameters, step_output, cells, *rest)
-
-
-def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, *_):  # type: ignore[no-untyped-def]
-    if not ctx.saved:
-        raise RuntimeError("llmkern.lstm: expected save_cells=True for a backward pass, got False")
-    grad_input, grad_h_0, grad_c_0, _, grad_ih, grad_hh, grad_bias, *grad_variant = (
-        torch.ops.llmkern.lstm_backward.default(
-            grad_output, grad_h_n, grad_c_n, grad_cells, *ctx.saved_tensors, *ctx.options
-        )
-    )
-    bias, variant = ctx.saved_tensors[5], ctx.saved_tensors[7:10]
-    return (
-        grad_input,
-        grad_h_0,
-        grad_c_0,
-        grad_ih,
-        grad_hh,
-        # Two tensors: autograd may add into a gradient in place.
-        *((None, None) if bias is None else (grad_bias, grad_bias.clone())),
-        *[None if t is None else grad for t, grad in zip(variant, grad_variant, strict=True)],
-        *[None] * 9,
-    )
-
-
-def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "llmkern.lstm: expected a single backward pass, got a request for second derivatives; "
-        "use torch.nn.LSTM where they are needed"
-    )
-
-
-torch.library.register_autograd("llmkern::lstm", _backward, setup_context=_save_for_backward)
-torch.library.register_autograd("llmkern::lstm_backward", _refuse_double_backward)

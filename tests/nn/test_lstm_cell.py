@@ -513,15 +513,50 @@ def test_export():
 
 
 def test_autocast():
+    """As the functional operator; gradients have the dtypes of their tensors."""
     cell, _ = twins(torch.float32)
     x, h, c = leaves(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        h_1, c_1 = cell(x[0].bfloat16(), (h.bfloat16(), c))
-    assert h_1.dtype == c_1.dtype == torch.float32
-    (h_1.sum() + c_1.sum()).backward()
+        got = cell(x[0], (h.bfloat16(), c))
+        expected = llmkern.ops.lstm_cell(x[0], h.bfloat16(), c, *cell.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    (got[0].sum() + got[1].sum()).backward()
     assert cell.weight_ih.grad.dtype == torch.float32 and h.grad.dtype == torch.float32
-    expected = cell(x[0].bfloat16().float(), (h.bfloat16().float(), c))
-    same((h_1, c_1), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(deferred, dtype):
+    """Sums over all steps are rounded once: as close to float64 as the layer's own gradients."""
+    cell = llmkern.nn.LSTMCell(I, H, dtype=dtype)
+    layer = llmkern.nn.LSTM(I, H, dtype=dtype)
+    layer.load_state_dict({name + "_l0": p for name, p in cell.state_dict().items()})
+    x, h, c = (
+        t.detach().requires_grad_() for t in data((40, 30, I), (30, H), (30, H), dtype=dtype)
+    )
+
+    def loss(outputs):
+        return outputs.float().sin().sum()
+
+    ours = torch.autograd.grad(loss(unroll(cell, x, h, c)[0]), [x, *cell.parameters()])
+    whole = torch.autograd.grad(loss(layer(x, (h[None], c[None]))[0]), [x, *layer.parameters()])
+    assert deferred == [40]
+    exact = copy.deepcopy(layer).double()
+    truth = torch.autograd.grad(
+        exact(x.double(), (h[None].double(), c[None].double()))[0].sin().sum(),
+        list(exact.parameters()),
+    )
+    for a, b, t in zip(ours[1:], whole[1:], truth, strict=True):
+        assert a.dtype == dtype
+        error, reference = ((g.double() - t).square().mean().sqrt() for g in (a, b))
+        assert error <= 1.5 * reference, (error, reference)
+
+
+def test_weights_of_eight_bits_in_training(deferred):
+    """They are for inference: a training step, and its backward pass, takes the parameters."""
+    ours, theirs = twins(torch.float32)
+    ours.quantize_weights(torch.int8)
+    same(gradients(ours), gradients(theirs), 4e-6)
+    assert deferred == [T]
 
 
 def test_without_gradients():

@@ -64,7 +64,7 @@ def test_another_instruction_set_does_not_use_them(module):
 def test_packed_once(module, monkeypatch):
     calls = []
     pack = llmkern.ops.lstm_pack
-    monkeypatch.setattr(llmkern.ops, "lstm_pack", lambda *a: calls.append(1) or pack(*a))
+    monkeypatch.setattr(llmkern.ops, "lstm_pack", lambda *a, **k: calls.append(1) or pack(*a, **k))
     for _ in range(3):
         run(module)
     assert len(calls) == 1

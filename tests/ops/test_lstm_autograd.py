@@ -7,6 +7,8 @@ import torch
 import llmkern
 from tests.conftest import assert_close
 from tests.ops.test_lstm import layer, run, torch_lstm, upstream_of
+from tests.ops.test_lstm_variants import NAMES as VARIANTS
+from tests.ops.test_lstm_variants import problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,15 +115,6 @@ def test_output_changed_before_the_backward_pass():
         h_n.sum().backward()
 
 
-def test_second_derivatives_are_refused():
-    arguments = [t.requires_grad_() for t in layer(SHAPE)]
-    (grad,) = torch.autograd.grad(
-        llmkern.ops.lstm(*arguments)[0].sum(), arguments[0], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match=r"llmkern\.lstm: .*second derivatives; use torch\.nn"):
-        grad.sum().backward()
-
-
 def loss_of(*arguments):
     output, h_n, c_n = llmkern.ops.lstm(*arguments)
     return output.square().sum() + h_n.sum() - c_n.sum()
@@ -141,6 +134,38 @@ def test_compile_without_recompiles_over_sequence_lengths():
     with torch._dynamo.config.patch(error_on_recompile=True):
         for T in (4, 9, 2):
             compiled_gradients(compiled, T)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_compile_of_every_variant_without_recompiles(reverse):
+    """Lengths, resets, masks of zoneout and a projection among the arguments, other ones at every call."""
+    torch.compiler.reset()
+
+    def loss(leaves, options):
+        outputs = llmkern.ops.lstm(**leaves, **options, reverse=reverse, return_cells=True)
+        return sum(o.square().sum() for o in outputs)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+
+    def check(T):
+        leaves, options = problem((T, 5, 4, 6, 2), set(VARIANTS))
+        options["seed"] = torch.tensor(T)
+        values = list(leaves.values())
+        got = torch.autograd.grad(compiled(leaves, options), values)
+        for a, b in zip(got, torch.autograd.grad(loss(leaves, options), values), strict=True):
+            assert_close(a, b)
+
+    check(3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for T in (7, 9, 8):
+            check(T)
+
+
+@pytest.mark.parametrize("chosen", [{"projection"}, {"layer_norm"}, set(VARIANTS)], ids=str)
+def test_opcheck_of_variants(chosen):
+    leaves, options = problem((3, 2, 4, 5, 2), chosen)
+    options |= {"reverse": True, "save_cells": True, "save_gates": True}
+    torch.library.opcheck(torch.ops.llmkern.lstm.default, (), {**leaves, **options})
 
 
 def test_compile_static():

@@ -18,8 +18,13 @@ def one_bad(name, change):
 BAD_CALLS = [
     ("input", lambda t: t.tolist(), TypeError, "expected input to be a Tensor, got list"),
     ("bias_hh", lambda t: 3, TypeError, "expected bias_hh to be a Tensor, got int"),
-    ("input", lambda t: t.half(), TypeError, "input of dtype float32 or float64, got float16"),
-    ("input", lambda t: t.int(), TypeError, "input of dtype float32 or float64, got int32"),
+    ("input", lambda t: t.half(), TypeError, "h_0 of input's dtype float16, got float32"),
+    (
+        "input",
+        lambda t: t.int(),
+        TypeError,
+        "input of dtype float32 or float64 or bfloat16 or float16, got int32",
+    ),
     ("c_0", lambda t: t.double(), TypeError, "c_0 of input's dtype float32, got float64"),
     ("bias_ih", lambda t: t.double(), TypeError, "bias_ih of input's dtype float32, got float64"),
     ("weight_hh", lambda t: t.to("meta"), ValueError, "input on cpu and weight_hh on meta"),
@@ -84,9 +89,65 @@ def test_the_binding_checks_too(name, change, message):
         torch.ops.llmkern.lstm.default(*one_bad(name, change).values())
 
 
-def test_the_binding_refuses_float16():
-    with pytest.raises(ValueError, match=r"input of dtype float32 or float64, got Half"):
-        torch.ops.llmkern.lstm.default(*layer((2, 3, 4, 5), dtype=torch.float16))
+def test_the_binding_refuses_integers():
+    expected = r"input of dtype float32, float64, bfloat16 or float16, got Int"
+    with pytest.raises(ValueError, match=expected):
+        torch.ops.llmkern.lstm.default(*layer((2, 3, 4, 5), dtype=torch.int32))
+    weights = layer((2, 3, 4, 5), dtype=torch.int32)[3:5]
+    with pytest.raises(
+        ValueError, match="weight_hh of dtype float32, float64, bfloat16 or float16"
+    ):
+        llmkern.ops.lstm_pack(*weights)
+
+
+def packed_cases():
+    """Name, input's arguments, packed weights that are not theirs, the error."""
+    x, h, c, w_ih, w_hh = layer((2, 3, 4, 5), bias=False, dtype=torch.float32)
+    narrow = [t.bfloat16() for t in (x, h, c, w_ih, w_hh)]
+    pack = llmkern.ops.lstm_pack
+    expected = "expected packed to be what lstm_pack makes of weights with I, H, P = 4, 5, 5"
+    return {
+        "another layer": ((x, h, c, w_ih, w_hh), pack(w_ih[:, :3], w_hh), expected),
+        "too short": ((x, h, c, w_ih, w_hh), pack(w_ih, w_hh)[:8], expected),
+        "no header": ((x, h, c, w_ih, w_hh), torch.zeros(4096), expected),
+        "another dtype": (
+            (x, h, c, w_ih, w_hh),
+            pack(*narrow[3:]),
+            "expected packed of dtype Float",
+        ),
+        "int8 beside bfloat16": (
+            narrow,
+            pack(w_ih, w_hh, dtype=torch.int8),
+            "expected packed of dtype BFloat16",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", packed_cases())
+def test_packed_weights_of_something_else(case):
+    arguments, packed, message = packed_cases()[case]
+    with pytest.raises(ValueError, match=r"llmkern\.lstm: " + message):
+        llmkern.ops.lstm(*arguments, packed=packed)
+
+
+def test_a_cut_off_pack_is_not_read(isa):
+    """Its header is right, its size is not."""
+    x, h, c, w_ih, w_hh = layer((2, 3, 4, 50), bias=False, dtype=torch.float32)
+    packed = llmkern.ops.lstm_pack(w_ih, w_hh)
+    expected, _, _ = llmkern.ops.lstm(x, h, c, w_ih, w_hh)
+    got, _, _ = llmkern.ops.lstm(x, h, c, w_ih, w_hh, packed=packed[:64].clone())
+    assert torch.equal(got, expected)
+
+
+def test_int8_is_for_float32_without_gradients():
+    x, h, c, w_ih, w_hh = layer((2, 3, 4, 5), bias=False, dtype=torch.float32)
+    packed = llmkern.ops.lstm_pack(w_ih, w_hh, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"llmkern\.lstm: expected no gradients with int8 weights"):
+        llmkern.ops.lstm(x.requires_grad_(), h, c, w_ih, w_hh, packed=packed)
+    with pytest.raises(TypeError, match=r"dtype float64, or int8 for float32 weights, got int8"):
+        llmkern.ops.lstm_pack(w_ih.double(), w_hh.double(), dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"dtype float32, or int8 for float32 weights, got float16"):
+        llmkern.ops.lstm_pack(w_ih, w_hh, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(

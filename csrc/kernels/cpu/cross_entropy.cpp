@@ -75,12 +75,12 @@ double sum_of_weights(int64_t V, const T* class_weight) {
 }
 
 // Calls f(first, rows) with workspace = input[first : first + rows] weight^T, without the bias.
-template <class Args, class F>
+template <class T, class Args, class F>
 void for_chunks(const Args& a, const Parallel& parallel, const F& f) {
   for (int64_t first = 0; first < a.N; first += a.chunk_rows) {
     const int64_t rows = a.N - first < a.chunk_rows ? a.N - first : a.chunk_rows;
-    gemm(rows, a.V, a.D, row_major(a.input + first * a.D, a.D), transposed(a.weight, a.D), a.workspace, a.V, false,
-         parallel);
+    gemm<Wide<T>>(rows, a.V, a.D, row_major(a.input + first * a.D, a.D), transposed(a.weight, a.D), a.workspace, a.V,
+                  false, parallel);
     f(first, rows);
   }
 }
@@ -103,7 +103,7 @@ double row_loss(const CrossEntropyForward<T>& a, int64_t n, const T* logits, dou
 template <class T>
 void execute(const CrossEntropyForward<T>& a, const Parallel& parallel) {
   double* losses = scratch<double>(Slot::kKernel, a.N);
-  for_chunks(a, parallel, [&](int64_t first, int64_t rows) {
+  for_chunks<T>(a, parallel, [&](int64_t first, int64_t rows) {
     parallel(rows, rows_per_task(a.V), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         T* logits = a.workspace + r * a.V;
@@ -157,15 +157,15 @@ void execute(const CrossEntropyBackward<T>& a, const Parallel& parallel) {
     memset(a.grad_weight, 0, static_cast<size_t>(a.V * a.D) * sizeof(T));
     if (a.grad_bias != nullptr) memset(a.grad_bias, 0, static_cast<size_t>(a.V) * sizeof(T));
   }
-  for_chunks(a, parallel, [&](int64_t first, int64_t rows) {
+  for_chunks<T>(a, parallel, [&](int64_t first, int64_t rows) {
     parallel(rows, rows_per_task(a.V), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) row_gradient(a, first + r, sum_weights, a.workspace + r * a.V);
     });
     const bool more = first > 0;
-    gemm(rows, a.D, a.V, row_major(a.workspace, a.V), row_major(a.weight, a.D), a.grad_input + first * a.D, a.D, false,
-         parallel);
-    gemm(a.V, a.D, rows, transposed(a.workspace, a.V), row_major(a.input + first * a.D, a.D), a.grad_weight, a.D, more,
-         parallel);
+    gemm<Wide<T>>(rows, a.D, a.V, row_major(a.workspace, a.V), row_major(a.weight, a.D), a.grad_input + first * a.D,
+                  a.D, false, parallel);
+    gemm<Wide<T>>(a.V, a.D, rows, transposed(a.workspace, a.V), row_major(a.input + first * a.D, a.D), a.grad_weight,
+                  a.D, more, parallel);
     if (a.grad_bias != nullptr) sum_rows(rows, a.V, a.workspace, a.grad_bias, more, parallel);
   });
 }

@@ -3,27 +3,35 @@
 //
 //   C[M, N] = A[M, K] B[K, N]  (+ C)      A and B with any strides, C row-major
 //
-// A is copied into tiles of up to kTileRows rows, [K, rows] each, and B into panels of kPanel columns, [K, kPanel]
-// each, zero-padded at the right edge. A tile times a panel is then one pass over k that reads two streams and keeps
-// rows * kPanel / lanes accumulators: 98 % of the FMA rate on Zen 4, where A in place (a stream a row) gave 77 %.
+// A is copied into tiles of up to kTileRows rows, [words of K, rows] each, and B into panels of kPanel columns,
+// [words of K, kPanel] each, zero-padded at the right edge; an operand (operands.h) says what a word is. A tile times a
+// panel is then one pass over k that reads two streams and keeps rows * kPanel / lanes accumulators: 98 % of the FMA
+// rate on Zen 4, where A in place (a stream a row) gave 77 %.
 //
-// Every element of C is summed over k in the same order (blocks of kBlockK, ascending, one accumulator), whatever the
-// tile, the split over threads or the rows beside it. So results are the same bits on any number of threads, and a row
-// does not depend on the batch it is in.
+// Every element of C is summed over k in the same order (blocks of kBlockK words, ascending, one accumulator), whatever
+// the tile, the split over threads or the rows beside it. So results are the same bits on any number of threads, and a
+// row does not depend on the batch it is in.
 #pragma once
 
+#include <type_traits>
+
+#include "kernels/cpu/operands.h"
 #include "kernels/cpu/scratch.h"
-#include "kernels/cpu/simd.h"
 #include "kernels/parallel.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
 // Registers: rows * 2 accumulators, 2 of B, 1 for a broadcast of A; 32 with AVX-512, 16 otherwise.
 constexpr int kTileRows = kVectorBytes == 64 ? 14 : kVectorBytes == 32 ? 6 : 4;
-template <class T>
-constexpr int64_t kPanel = 2 * kLanes<T>;
-constexpr int64_t kBlockK = 256;                              // a panel is 32 KiB with AVX-512
+template <class Op>
+constexpr int64_t kPanel = 2 * kLanes<typename Op::Sum>;
+constexpr int64_t kBlockK = 256;                              // words: a panel is 32 KiB with AVX-512
 constexpr int64_t kBlockRows = 4096 / kTileRows * kTileRows;  // tiles pass by a panel: 2 bytes a cycle from any cache
+
+template <class Op>
+using Word = typename Op::Word;
+template <class Op>
+using Sum = typename Op::Sum;
 
 template <class T>
 struct Matrix {
@@ -31,6 +39,7 @@ struct Matrix {
   int64_t row_stride, column_stride;
 
   const T* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+  Matrix from(int64_t row, int64_t column) const { return {at(row, column), row_stride, column_stride}; }
 };
 
 template <class T>
@@ -45,168 +54,255 @@ Matrix<T> transposed(const T* data, int64_t columns) {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// panel[k, n] = B[k, n] where the columns of B lie in memory one after the other: squares are transposed in registers.
-template <class T>
-void pack_columns(const Matrix<T>& b, int64_t K, int64_t width, T* panel) {
-  constexpr int lanes = kLanes<T>;
-  for (int64_t n = 0; n < width; n += lanes) {
-    int64_t k = 0;
-    for (; n + lanes <= width && k + lanes <= K; k += lanes) {
-      Vec<T> square[lanes];
-      for (int i = 0; i < lanes; ++i) square[i] = load(b.at(k, n + i));
-      transpose<T>(square);
-      for (int i = 0; i < lanes; ++i) store(panel + (k + i) * kPanel<T> + n, square[i]);
-    }
-    const int64_t last = n + lanes < width ? n + lanes : width;
-    for (; k < K; ++k) {
-      for (int64_t i = n; i < last; ++i) panel[k * kPanel<T> + i] = *b.at(k, i);
-    }
+// ---- copies
+
+// to[word of k][n] = rows[n * stride + k] for as many rows as there are lanes, a row of `to` every `width` words:
+// squares are transposed in registers.
+template <class Op>
+void transpose_words(const typename Op::Storage* rows, int64_t stride, int64_t K, int64_t width, Word<Op>* to) {
+  constexpr int lanes = kLanes<Word<Op>>;
+  int64_t k = 0;
+  for (; k + lanes * Op::kTerms <= K; k += lanes * Op::kTerms, to += lanes * width) {
+    Vec<Word<Op>> square[lanes];
+    for (int i = 0; i < lanes; ++i) square[i] = Op::words(rows + i * stride + k);
+    transpose<Word<Op>>(square);
+    for (int i = 0; i < lanes; ++i) store(to + i * width, square[i]);
+  }
+  for (; k < K; k += Op::kTerms, to += width) {
+    for (int i = 0; i < lanes; ++i) to[i] = Op::word(rows + i * stride + k, K - k);
   }
 }
 
-// panels[(n / kPanel), k, n % kPanel] = B[k, n]; room for round_up(N, kPanel) * K elements. One stride of B is 1.
-template <class T>
-void pack_panels(const Matrix<T>& b, int64_t K, int64_t N, T* panels) {
-  for (int64_t first = 0; first < N; first += kPanel<T>, panels += K * kPanel<T>) {
-    const int64_t width = N - first < kPanel<T> ? N - first : kPanel<T>;
-    if (width < kPanel<T>) memset(panels, 0, static_cast<size_t>(K * kPanel<T>) * sizeof(T));
+// The same for fewer rows.
+template <class Op>
+void transpose_words(const typename Op::Storage* rows, int64_t stride, int64_t K, int64_t width, int64_t count,
+                     Word<Op>* to) {
+  if (count == kLanes<Word<Op>>) return transpose_words<Op>(rows, stride, K, width, to);
+  for (int64_t k = 0; k < K; k += Op::kTerms, to += width) {
+    for (int64_t i = 0; i < count; ++i) to[i] = Op::word(rows + i * stride + k, K - k);
+  }
+}
+
+// panels[(n / kPanel), word of k, n % kPanel] = B[k, n]; room for round_up(N, kPanel) * words of K. One stride of B
+// is 1.
+template <class Op>
+void pack_panels(const Matrix<typename Op::Storage>& b, int64_t K, int64_t N, Word<Op>* panels) {
+  const int64_t size = words_of<Op>(K) * kPanel<Op>;
+  for (int64_t first = 0; first < N; first += kPanel<Op>, panels += size) {
+    const int64_t width = N - first < kPanel<Op> ? N - first : kPanel<Op>;
+    if (width < kPanel<Op>) memset(panels, 0, static_cast<size_t>(size) * sizeof(Word<Op>));
     if (b.column_stride != 1) {
-      pack_columns(Matrix<T>{b.at(0, first), b.row_stride, b.column_stride}, K, width, panels);
+      for_lanes<Word<Op>>(0, width, [&](int64_t n, int64_t count) {
+        transpose_words<Op>(b.at(0, first + n), b.column_stride, K, kPanel<Op>, count, panels + n);
+      });
       continue;
     }
-    for (int64_t k = 0; k < K; ++k) {
-      memcpy(panels + k * kPanel<T>, b.at(k, first), static_cast<size_t>(width) * sizeof(T));
+    Word<Op>* to = panels;
+    for (int64_t k = 0; k < K; k += Op::kTerms, to += kPanel<Op>) {
+      Op::line(b.at(k, first), b.row_stride, K - k, width, to);
     }
   }
 }
 
-// C[rows, kPanel] = tile[K, rows]^T panel[K, kPanel]  (+ C), all of it in registers. No partial store in here: gcc
-// would keep the accumulators in memory for it.
-template <class T, int rows>
-void multiply_whole_tile(int64_t K, const T* tile, const T* panel, T* c, int64_t c_stride, bool accumulate) {
-  constexpr int lanes = kLanes<T>;
-  Vec<T> left[rows] = {}, right[rows] = {};
-  for (int i = 0; i < rows; ++i) {  // C is needed at the end, from far away
-    __builtin_prefetch(c + i * c_stride, 1);
-    __builtin_prefetch(c + i * c_stride + lanes, 1);
-  }
-  for (int64_t k = 0; k < K; ++k, tile += rows, panel += kPanel<T>) {
-    const Vec<T> b_left = load(panel), b_right = load(panel + lanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      const Vec<T> x = broadcast(tile[i]);
-      left[i] = fma(x, b_left, left[i]);
-      right[i] = fma(x, b_right, right[i]);
+// tile[word of k][i] = rows[i * stride + k] for kTileRows rows. Of a transposed square, which may be larger, what is
+// too much of a word is overwritten by the next one.
+template <class Op>
+void pack_whole_tile(const typename Op::Storage* rows, int64_t stride, int64_t K, Word<Op>* tile) {
+  constexpr int lanes = kLanes<Word<Op>>;
+  int64_t k = 0;
+  if constexpr (kTileRows <= lanes) {
+    for (; k + lanes * Op::kTerms <= K; k += lanes * Op::kTerms, tile += lanes * kTileRows) {
+      Vec<Word<Op>> square[lanes];
+      for (int i = 0; i < lanes; ++i) square[i] = Op::words(rows + (i < kTileRows ? i : 0) * stride + k);
+      transpose<Word<Op>>(square);
+      for (int i = 0; i + 1 < lanes; ++i) store(tile + i * kTileRows, square[i]);
+      store(tile + (lanes - 1) * kTileRows, square[lanes - 1], kTileRows);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i, c += c_stride) {
-    store(c, accumulate ? load(c) + left[i] : left[i]);
-    store(c + lanes, accumulate ? load(c + lanes) + right[i] : right[i]);
+  for (; k < K; k += Op::kTerms, tile += kTileRows) {
+    for (int i = 0; i < kTileRows; ++i) tile[i] = Op::word(rows + i * stride + k, K - k);
   }
 }
 
-// The same for the first `width` columns.
-template <class T, int rows>
-void multiply_tile(int64_t K, const T* tile, const T* panel, T* c, int64_t c_stride, int64_t width, bool accumulate) {
-  if (width == kPanel<T>) return multiply_whole_tile<T, rows>(K, tile, panel, c, c_stride, accumulate);
-  T whole[rows * kPanel<T>];
-  multiply_whole_tile<T, rows>(K, tile, panel, whole, kPanel<T>, false);
-  for (int i = 0; i < rows; ++i, c += c_stride) {
-    for (int64_t n = 0; n < width; ++n) c[n] = accumulate ? c[n] + whole[i * kPanel<T> + n] : whole[i * kPanel<T> + n];
-  }
-}
-
-template <class T, int rows = kTileRows>
-void multiply_last_tile(int64_t M, int64_t K, const T* tile, const T* panel, T* c, int64_t c_stride, int64_t width,
-                        bool accumulate) {
-  if constexpr (rows > 0) {
-    if (M == rows) return multiply_tile<T, rows>(K, tile, panel, c, c_stride, width, accumulate);
-    multiply_last_tile<T, rows - 1>(M, K, tile, panel, c, c_stride, width, accumulate);
-  }
-}
-
-// tiles[m / kTileRows][k][m % kTileRows] = A[m, k]; the last tile is as high as there are rows left. M * K elements.
-// A few tiles are filled side by side where the columns of A are contiguous: that reads whole cache lines.
-template <class T>
-void pack_tiles(const Matrix<T>& a, int64_t M, int64_t K, T* tiles) {
+// tiles[m / kTileRows][word of k][m % kTileRows] = A[m, k]; the last tile is as high as there are rows left. A few
+// tiles are filled side by side where the columns of A are contiguous: that reads whole cache lines. One stride of A
+// is 1.
+template <class Op>
+void pack_tiles(const Matrix<typename Op::Storage>& a, int64_t M, int64_t K, Word<Op>* tiles) {
+  const int64_t words = words_of<Op>(K);
   if (a.column_stride == 1) {
-    for (int64_t m = 0; m < M; ++m) {
-      const int64_t first = m / kTileRows * kTileRows, rows = M - first < kTileRows ? M - first : kTileRows;
-      const T* from = a.at(m, 0);
-      T* to = tiles + first * K + m - first;
-      for (int64_t k = 0; k < K; ++k) to[k * rows] = from[k];
+    int64_t m = 0;
+    for (; m + kTileRows <= M; m += kTileRows) pack_whole_tile<Op>(a.at(m, 0), a.row_stride, K, tiles + m * words);
+    for (; m < M; ++m) {
+      const int64_t first = m / kTileRows * kTileRows, rows = M - first;
+      const typename Op::Storage* from = a.at(m, 0);
+      Word<Op>* to = tiles + first * words + m - first;
+      for (int64_t k = 0; k < words; ++k) to[k * rows] = Op::word(from + k * Op::kTerms, K - k * Op::kTerms);
     }
     return;
   }
   constexpr int64_t kSideBySide = 8 * kTileRows;
+  Word<Op> line[kSideBySide];
   for (int64_t first = 0; first < M; first += kSideBySide) {
     const int64_t last = first + kSideBySide < M ? first + kSideBySide : M;
-    for (int64_t k = 0; k < K; ++k) {
+    for (int64_t k = 0; k < words; ++k) {
+      Op::line(a.at(first, k * Op::kTerms), a.column_stride, K - k * Op::kTerms, last - first, line);
       for (int64_t m = first; m < last; m += kTileRows) {
         const int64_t rows = last - m < kTileRows ? last - m : kTileRows;
-        T* to = tiles + m * K + k * rows;
-        if (rows == kTileRows && a.row_stride == 1) {
-          memcpy(to, a.at(m, k), kTileRows * sizeof(T));
+        Word<Op>* to = tiles + m * words + k * rows;
+        if (rows == kTileRows) {
+          memcpy(to, line + m - first, kTileRows * sizeof(Word<Op>));
         } else {
-          for (int64_t i = 0; i < rows; ++i) to[i] = *a.at(m + i, k);
+          memcpy(to, line + m - first, static_cast<size_t>(rows) * sizeof(Word<Op>));
         }
       }
     }
   }
 }
 
-// C[M, width] = tiles[M, K] panel[K, kPanel]  (+ C)
-template <class T>
-void multiply_panel(int64_t M, int64_t K, const T* tiles, const T* panel, T* c, int64_t c_stride, int64_t width,
+// ---- a tile by a panel
+
+// C[rows, columns * lanes] = tile[K, rows]^T panel[K, columns * lanes]  (+ C) for K words, all of it in registers. No
+// partial store in here: gcc would keep the accumulators in memory for it. `ahead`: that many bytes further on lies
+// what of the panel is wanted next, and is fetched. `width` is that of the whole panel.
+template <class Op, int rows, int columns, int64_t ahead, int64_t width = columns * kLanes<Word<Op>>>
+void multiply_whole(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<Op>* c, int64_t c_stride,
                     bool accumulate) {
-  for (; M >= kTileRows; M -= kTileRows, tiles += kTileRows * K, c += kTileRows * c_stride) {
-    multiply_tile<T, kTileRows>(K, tiles, panel, c, c_stride, width, accumulate);
+  constexpr int lanes = kLanes<Word<Op>>;
+  Vec<Sum<Op>> sums[rows][columns] = {};
+  for (int64_t k = 0; k < K; ++k, tile += rows, panel += width) {
+    Vec<Word<Op>> b[columns];
+#pragma GCC unroll 4
+    for (int j = 0; j < columns; ++j) {
+      b[j] = load(panel + j * lanes);
+      if constexpr (ahead > 0) __builtin_prefetch(reinterpret_cast<const char*>(panel + j * lanes) + ahead, 0, 2);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const Vec<Word<Op>> x = broadcast(tile[i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < columns; ++j) sums[i][j] = Op::multiply_add(x, b[j], sums[i][j]);
+    }
   }
-  multiply_last_tile<T>(M, K, tiles, panel, c, c_stride, width, accumulate);
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i, c += c_stride) {
+#pragma GCC unroll 4
+    for (int j = 0; j < columns; ++j) {
+      store(c + j * lanes, accumulate ? load(c + j * lanes) + sums[i][j] : sums[i][j]);
+    }
+  }
 }
 
-template <class T>
-void gemm_serial(int64_t M, int64_t N, int64_t K, const Matrix<T>& a, const Matrix<T>& b, T* c, int64_t c_stride,
-                 bool accumulate) {
-  for (int64_t k = 0; k < K; k += kBlockK) {
-    const int64_t depth = K - k < kBlockK ? K - k : kBlockK;
+// The same for the first `width` columns.
+template <class Op, int rows>
+void multiply_tile(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<Op>* c, int64_t c_stride, int64_t width,
+                   bool accumulate) {
+  constexpr int64_t lanes = kLanes<Sum<Op>>;
+  if (width == kPanel<Op>) {
+    for (int i = 0; i < rows; ++i) {  // C is needed at the end, from far away
+      __builtin_prefetch(c + i * c_stride, 1);
+      __builtin_prefetch(c + i * c_stride + lanes, 1);
+    }
+    return multiply_whole<Op, rows, 2, 0>(K, tile, panel, c, c_stride, accumulate);
+  }
+  Sum<Op> whole[rows * kPanel<Op>];  // no partial store in there
+  if (width <= lanes) {
+    multiply_whole<Op, rows, 1, 0, kPanel<Op>>(K, tile, panel, whole, kPanel<Op>, false);
+  } else {
+    multiply_whole<Op, rows, 2, 0>(K, tile, panel, whole, kPanel<Op>, false);
+  }
+  for (int i = 0; i < rows; ++i, c += c_stride) {
+    for_lanes<Sum<Op>>(0, width, [&](int64_t n, int64_t count) {
+      const Vec<Sum<Op>> sums = load(whole + i * kPanel<Op> + n);
+      store(c + n, accumulate ? load(c + n, count) + sums : sums, count);
+    });
+  }
+}
+
+template <class Op, int rows = kTileRows>
+void multiply_last_tile(int64_t M, int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<Op>* c, int64_t c_stride,
+                        int64_t width, bool accumulate) {
+  if constexpr (rows > 0) {
+    if (M == rows) return multiply_tile<Op, rows>(K, tile, panel, c, c_stride, width, accumulate);
+    multiply_last_tile<Op, rows - 1>(M, K, tile, panel, c, c_stride, width, accumulate);
+  }
+}
+
+// C[M, width] = tiles[M, K] panel[K, kPanel]  (+ C) for K words
+template <class Op>
+void multiply_panel(int64_t M, int64_t K, const Word<Op>* tiles, const Word<Op>* panel, Sum<Op>* c, int64_t c_stride,
+                    int64_t width, bool accumulate) {
+  for (; M >= kTileRows; M -= kTileRows, tiles += kTileRows * K, c += kTileRows * c_stride) {
+    multiply_tile<Op, kTileRows>(K, tiles, panel, c, c_stride, width, accumulate);
+  }
+  multiply_last_tile<Op>(M, K, tiles, panel, c, c_stride, width, accumulate);
+}
+
+// ---- whole products
+
+template <class Op>
+void gemm_serial(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Storage>& a,
+                 const Matrix<typename Op::Storage>& b, Sum<Op>* c, int64_t c_stride, bool accumulate) {
+  constexpr int64_t kDepth = kBlockK * Op::kTerms;
+  for (int64_t k = 0; k < K; k += kDepth) {
+    const int64_t depth = K - k < kDepth ? K - k : kDepth, words = words_of<Op>(depth);
     for (int64_t m = 0; m < M; m += kBlockRows) {
       const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
-      T* tiles = scratch<T>(Slot::kPackedA, rows * depth);
-      pack_tiles(Matrix<T>{a.at(m, k), a.row_stride, a.column_stride}, rows, depth, tiles);
-      T* panel = scratch<T>(Slot::kPackedB, depth * kPanel<T>);
-      for (int64_t n = 0; n < N; n += kPanel<T>) {
-        const int64_t width = N - n < kPanel<T> ? N - n : kPanel<T>;
-        pack_panels(Matrix<T>{b.at(k, n), b.row_stride, b.column_stride}, depth, width, panel);
-        multiply_panel(rows, depth, tiles, panel, c + m * c_stride + n, c_stride, width, accumulate || k > 0);
+      Word<Op>* tiles = scratch<Word<Op>>(Slot::kPackedA, rows * words);
+      pack_tiles<Op>(a.from(m, k), rows, depth, tiles);
+      Word<Op>* panel = scratch<Word<Op>>(Slot::kPackedB, words * kPanel<Op>);
+      for (int64_t n = 0; n < N; n += kPanel<Op>) {
+        const int64_t width = N - n < kPanel<Op> ? N - n : kPanel<Op>;
+        pack_panels<Op>(b.from(k, n), depth, width, panel);
+        multiply_panel<Op>(rows, words, tiles, panel, c + m * c_stride + n, c_stride, width, accumulate || k > 0);
       }
     }
   }
 }
 
-// C[M, N] = A[M, K] B[K, N]  (+ C)
-template <class T>
-void gemm(int64_t M, int64_t N, int64_t K, const Matrix<T>& a, const Matrix<T>& b, T* c, int64_t c_stride,
-          bool accumulate, const Parallel& parallel) {
+// Into a C of fewer bits than the sums: some rows of these are kept until the last block of k, then rounded once.
+template <class Op, class C>
+void gemm_rounded(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Storage>& a,
+                  const Matrix<typename Op::Storage>& b, C* c, int64_t c_stride) {
+  for (int64_t m = 0; m < M; m += kBlockRows) {
+    const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
+    Sum<Op>* sums = scratch<Sum<Op>>(Slot::kSums, rows * N);
+    gemm_serial<Op>(rows, N, K, a.from(m, 0), b, sums, N, false);
+    for (int64_t i = 0; i < rows; ++i) convert(c + (m + i) * c_stride, sums + i * N, N);
+  }
+}
+
+// C[M, N] = A[M, K] B[K, N]  (+ C, where C has the type of the sums)
+template <class Op, class C>
+void gemm(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Storage>& a, const Matrix<typename Op::Storage>& b,
+          C* c, int64_t c_stride, bool accumulate, const Parallel& parallel) {
+  const auto serial = [=](int64_t rows, int64_t columns, const auto& left, const auto& right, C* to) {
+    if constexpr (std::is_same_v<C, Sum<Op>>) {
+      gemm_serial<Op>(rows, columns, K, left, right, to, c_stride, accumulate);
+    } else {
+      gemm_rounded<Op>(rows, columns, K, left, right, to, c_stride);
+    }
+  };
   if (M == 0 || N == 0) return;
   if (K == 0 && !accumulate) {
-    for (int64_t m = 0; m < M; ++m) memset(c + m * c_stride, 0, static_cast<size_t>(N) * sizeof(T));
+    for (int64_t m = 0; m < M; ++m) memset(c + m * c_stride, 0, static_cast<size_t>(N) * sizeof(C));
   }
-  const int64_t panels = (N + kPanel<T> - 1) / kPanel<T>, tiles = (M + kTileRows - 1) / kTileRows;
+  if (K == 0) return;
+  const int64_t panels = (N + kPanel<Op> - 1) / kPanel<Op>, tiles = (M + kTileRows - 1) / kTileRows;
   // About 20 us of work: less is not worth waking a thread for.
-  const int64_t tile_cost = K * kTileRows * kPanel<T> + 1, grain = (int64_t{1} << 20) / tile_cost + 1;
-  if (panels >= 2 * parallel.threads() || panels >= tiles) {
+  const int64_t tile_cost = words_of<Op>(K) * kTileRows * kPanel<Op>, grain = (int64_t{1} << 20) / tile_cost + 1;
+  // The columns or the rows are divided, whatever leaves the busiest thread less to multiply.
+  const int64_t threads = parallel.threads(), most_panels = (panels + threads - 1) / threads;
+  const int64_t most_tiles = (tiles + threads - 1) / threads;
+  if (most_panels * kPanel<Op> * M <= most_tiles * kTileRows * N) {
     parallel(panels, grain / tiles + 1, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kPanel<T>, last = end * kPanel<T> < N ? end * kPanel<T> : N;
-      gemm_serial(M, last - first, K, a, Matrix<T>{b.at(0, first), b.row_stride, b.column_stride}, c + first, c_stride,
-                  accumulate);
+      const int64_t first = begin * kPanel<Op>, last = end * kPanel<Op> < N ? end * kPanel<Op> : N;
+      serial(M, last - first, a, b.from(0, first), c + first);
     });
   } else {
     parallel(tiles, grain / panels + 1, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * kTileRows, last = end * kTileRows < M ? end * kTileRows : M;
-      gemm_serial(last - first, N, K, Matrix<T>{a.at(first, 0), a.row_stride, a.column_stride}, b, c + first * c_stride,
-                  c_stride, accumulate);
+      serial(last - first, N, a.from(first, 0), b, c + first * c_stride);
     });
   }
 }
@@ -215,19 +311,24 @@ void gemm(int64_t M, int64_t N, int64_t K, const Matrix<T>& a, const Matrix<T>& 
 // rounding error grows with the block and with the number of blocks, not with M.
 template <class T>
 void sum_rows(int64_t M, int64_t N, const T* a, T* sums, bool accumulate, const Parallel& parallel) {
+  using S = Widened<T>;
   constexpr int64_t kBlock = 64, kColumns = 256;  // columns: whole cache lines of a row, and sums that stay in reach
   parallel((N + kColumns - 1) / kColumns, (1 << 17) / (M * kColumns + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kColumns; first < N && first < end * kColumns; first += kColumns) {
       const int64_t width = N - first < kColumns ? N - first : kColumns;
-      T total[kColumns] = {};
+      S total[kColumns] = {};
       for (int64_t m = 0; m < M; m += kBlock) {
-        T block[kColumns] = {};
+        S block[kColumns] = {};
         for (int64_t i = m; i < M && i < m + kBlock; ++i) {
-          for (int64_t n = 0; n < width; ++n) block[n] += a[i * N + first + n];
+          const T* row = a + i * N + first;
+          for_lanes<S>(0, width, [&](int64_t n, int64_t count) {
+            store(block + n, load(block + n) + load_wide(row + n, count));
+          });
         }
         for (int64_t n = 0; n < width; ++n) total[n] += block[n];
       }
-      for (int64_t n = 0; n < width; ++n) sums[first + n] = accumulate ? sums[first + n] + total[n] : total[n];
+      for (int64_t n = 0; accumulate && n < width; ++n) total[n] = widen(sums[first + n]) + total[n];
+      convert(sums + first, total, width);
     }
   });
 }

@@ -9,6 +9,7 @@
 // gate gradients of the same units.
 #include "kernels/lstm.h"
 
+#include "kernels/cpu/bytes.h"
 #include "kernels/cpu/lstm_backward.h"
 #include "kernels/cpu/lstm_forward.h"
 #include "kernels/cpu/lstm_products.h"
@@ -18,14 +19,136 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
+// Calls f with what multiplies T here.
+template <class T, class F>
+void with_operand(const F& f) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (has_bf16()) return f(Bf16Pairs{});
+  }
+#endif
+  f(Wide<T>{});
+}
+
+template <class T, class F>
+void with_operand([[maybe_unused]] bool quantised, [[maybe_unused]] int64_t I, [[maybe_unused]] int64_t P, const F& f) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, float>) {
+    if (quantised && has_vnni() && I <= Bytes::kMostTerms && P <= Bytes::kMostTerms) return f(Bytes{});
+  }
+#endif
+  with_operand<T>(f);
+}
+
+template <class Op>
+LstmPackHeader header_of(LstmPacking packing, int64_t I, int64_t H, int64_t P) {
+  return {kLstmPackMagic, kVectorBytes, Op::kTerms, sizeof(Sum<Op>), static_cast<int64_t>(packing), I, H, P};
+}
+
+template <class Op>
+bool is_packed(const void* packed, LstmPacking packing, int64_t I, int64_t H, int64_t P) {
+  const LstmPackHeader expected = header_of<Op>(packing, I, H, P);
+  return packed != nullptr && memcmp(packed, &expected, sizeof expected) == 0;
+}
+
+template <class Op>
+int64_t packed_bytes(LstmPacking packing, int64_t I, int64_t H, int64_t P) {
+  const int64_t words = packing == LstmPacking::kBackward
+                            ? (panels_of<Sum<Op>>(P) + panels_of<Sum<Op>>(I)) * backward_panel_words<Op>(H)
+                            : PackedWeights<Op>::size(I, H, P);
+  return static_cast<int64_t>(sizeof(LstmPackHeader)) + round_up(words * static_cast<int64_t>(sizeof(Word<Op>)), 64);
+}
+
+template <class Op>
+PackedWeights<Op> weights_in(const void* packed, int64_t I, int64_t H, int64_t P) {
+  return {reinterpret_cast<const Word<Op>*>(static_cast<const char*>(packed) + sizeof(LstmPackHeader)), I, H, P};
+}
+
+// Panels of the recurrent weights, then of those of the input.
+template <class Op, class T>
+void pack_backward(const LstmPack<T>& a, const Parallel& parallel) {
+  const LstmPackHeader header = header_of<Op>(a.packing, a.I, a.H, a.P);
+  memcpy(a.packed, &header, sizeof header);
+  const int64_t size = backward_panel_words<Op>(a.H), recurrent = panels_of<Sum<Op>>(a.P);
+  Word<Op>* panels = reinterpret_cast<Word<Op>*>(static_cast<char*>(a.packed) + sizeof(LstmPackHeader));
+  parallel(recurrent + panels_of<Sum<Op>>(a.I), (1 << 15) / (size + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      if (p < recurrent) {
+        pack_backward_panel<Op>(a.weight_hh, a.P, a.H, p, panels + p * size);
+      } else {
+        pack_backward_panel<Op>(a.weight_ih, a.I, a.H, p - recurrent, panels + p * size);
+      }
+    }
+  });
+}
+
+template <class Op, class T>
+void pack(const LstmPack<T>& a, const Parallel& parallel) {
+  const LstmPackHeader header = header_of<Op>(a.packing, a.I, a.H, a.P);
+  memcpy(a.packed, &header, sizeof header);
+  const bool quantised = a.packing == LstmPacking::kQuantised;
+  const PackedWeights<Op> weights = weights_in<Op>(a.packed, a.I, a.H, a.P);
+  const int64_t grain = (1 << 15) / ((a.I + a.P) * kGatesWidth<Sum<Op>>)+1;
+  parallel(panels_of<Sum<Op>>(a.H), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      Gates<Op>::pack(a.weight_ih, a.I, a.H, p * kUnits<Sum<Op>>, quantised, const_cast<Word<Op>*>(weights.input(p)));
+      Gates<Op>::pack(a.weight_hh, a.P, a.H, p * kUnits<Sum<Op>>, quantised, const_cast<Word<Op>*>(weights.hidden(p)));
+    }
+  });
+}
+
+template <class Op>
+void clear_tiles(Word<Op>* tiles, int64_t rows, int64_t K) {
+  copy_or_zero<Word<Op>>(tiles, nullptr, rows * words_of<Op>(K));
+}
+
+template <class Op, class T = typename Op::Storage>
+void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& parallel) {
+  using S = Sum<Op>;
+  using Projection = typename Op::Projection;
+  const bool projects = a.variant.weight_hr != nullptr;
+  const LstmPacking packing = a.quantised ? LstmPacking::kQuantised : LstmPacking::kForward;
+  const void* packed = a.packed;
+  if (!is_packed<Op>(packed, packing, a.I, a.H, a.P)) {
+    void* own = scratch<char>(Slot::kKernel, packed_bytes<Op>(packing, a.I, a.H, a.P));
+    pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, packing, own, a.I, a.H, a.P}, parallel);
+    packed = own;
+  }
+  const int64_t shared = a.B * round_up(a.P, Op::kTerms);
+  const auto [before, after] = carve<typename Op::Shared>(Slot::kHidden, {shared, shared});
+  const auto [packed_hr, unprojected] = carve<Word<Projection>>(
+      Slot::kProjection, {projects ? panels_of<S>(a.P) * words_of<Projection>(a.H) * kUnits<S> : 0,
+                          projects ? a.B * words_of<Projection>(a.H) : 0});
+  const int64_t pairs = a.variant.norm_gates != nullptr ? 2 * panels_of<S>(a.H) * a.B : 0;
+  const int64_t together = Forward<Op>::steps_together(a.B, schedule.steps());
+  const auto [of_inputs, of_hidden, of_cells] = carve<S>(Slot::kMoments, {together * pairs, pairs, pairs});
+  if (projects) pack_rows<Projection>(a.variant.weight_hr, a.P, a.H, packed_hr);
+  if (schedule.ragged()) {  // tiles are multiplied whole
+    copy_or_zero<typename Op::Shared>(before, nullptr, shared);
+    copy_or_zero<typename Op::Shared>(after, nullptr, shared);
+    if (projects) clear_tiles<Projection>(unprojected, a.B, a.H);
+  }
+  const Running<T> cell(Slot::kCell, a.c_n, a.c_0, a.B * a.H);
+  const Forward<Op> layer = {
+      a,           schedule,      weights_in<Op>(packed, a.I, a.H, a.P), {before, after},  packed_hr,
+      unprojected, cell.values(), {of_inputs, together * a.B},           {of_hidden, a.B}, {of_cells, a.B}};
+  const bool worth_it = schedule.tokens() * a.H * (a.I + a.P) * 8 >= kTeamFlops;
+  run_team(parallel, panels_of<S>(a.H), worth_it, [&](const Share& share) { layer.run(share); });
+  cell.finish();
+}
+
+template <class T>
+void execute(const LstmPackedBytes<T>& a, const Parallel&) {
+  with_operand<T>(a.packing == LstmPacking::kQuantised, a.I, a.P,
+                  [&](auto op) { *a.bytes = packed_bytes<decltype(op)>(a.packing, a.I, a.H, a.P); });
+}
+
 template <class T>
 void execute(const LstmPack<T>& a, const Parallel& parallel) {
-  const int64_t size = (a.I + a.P) * kGatesWidth<T>;
-  T* panels = a.packed + kLstmPackHeader<T>;
-  a.packed[0] = kVectorBytes;
-  parallel(panels_of<T>(a.H), (1 << 15) / size + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) pack_panel(a.weight_ih, a.weight_hh, a.I, a.H, a.P, p, panels + p * size);
-  });
+  if (a.packing == LstmPacking::kBackward) {
+    return with_operand<T>([&](auto op) { pack_backward<decltype(op)>(a, parallel); });
+  }
+  with_operand<T>(a.packing == LstmPacking::kQuantised, a.I, a.P, [&](auto op) { pack<decltype(op)>(a, parallel); });
 }
 
 template <class T>
@@ -35,111 +158,77 @@ void execute(const LstmForward<T>& a, const Parallel& parallel) {
   copy_or_zero(a.c_n, a.c_0, a.B * a.H);
   if (schedule.ragged()) clear(a);
   if (schedule.tokens() == 0) return;
-  const bool is_packed = a.packed != nullptr && a.packed[0] == kVectorBytes, projects = a.variant.weight_hr != nullptr;
-  const int64_t packed_size = is_packed ? 0 : lstm_packed_elements<T>(a.I, a.H, a.P);
-  const int64_t packed_hr_size = projects ? panels_of<T>(a.P) * a.H * kUnits<T> : 0;
-  const int64_t pairs = a.variant.norm_gates != nullptr ? 2 * panels_of<T>(a.H) * a.B : 0;
-  const int64_t together = Forward<T>::steps_together(a.B, schedule.steps());
-  const auto [packed, before, after, packed_hr, unprojected, of_inputs, of_hidden, of_cells] = carve<T>(
-      Slot::kKernel,
-      {packed_size, a.B * a.P, a.B * a.P, packed_hr_size, projects ? a.B * a.H : 0, together * pairs, pairs, pairs});
-  if (!is_packed) execute(LstmPack<T>{a.weight_ih, a.weight_hh, packed, a.I, a.H, a.P}, parallel);
-  if (projects) pack_rows(a.variant.weight_hr, a.P, a.H, packed_hr);
-  if (schedule.ragged()) {  // tiles are multiplied whole
-    copy_or_zero<T>(before, nullptr, a.B * a.P);
-    copy_or_zero<T>(after, nullptr, a.B * a.P);
-    if (projects) copy_or_zero<T>(unprojected, nullptr, a.B * a.H);
-  }
-  const T* panels = (is_packed ? a.packed : packed) + kLstmPackHeader<T>;
-  const Forward<T> forward = {a,
-                              schedule,
-                              panels,
-                              {before, after},
-                              packed_hr,
-                              unprojected,
-                              {of_inputs, together * a.B},
-                              {of_hidden, a.B},
-                              {of_cells, a.B}};
-  const bool worth_it = schedule.tokens() * a.H * (a.I + a.P) * 8 >= kTeamFlops;
-  run_team(parallel, panels_of<T>(a.H), worth_it, [&](const Share& share) { forward.run(share); });
-}
-
-template <class T>
-void execute(const LstmPackBackward<T>& a, const Parallel& parallel) {
-  const int64_t size = 4 * a.H * kUnits<T>, recurrent = panels_of<T>(a.P), grain = (1 << 15) / (size + 1) + 1;
-  T* panels = a.packed + kLstmPackHeader<T>;
-  a.packed[0] = kVectorBytes;
-  parallel(recurrent + panels_of<T>(a.I), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      if (p < recurrent) {
-        pack_columns_of_panel(a.weight_hh, a.P, 4 * a.H, p, panels + p * size);
-      } else {
-        pack_columns_of_panel(a.weight_ih, a.I, 4 * a.H, p - recurrent, panels + p * size);
-      }
-    }
-  });
+  with_operand<T>(a.quantised, a.I, a.P, [&](auto op) { forward<decltype(op)>(a, schedule, parallel); });
 }
 
 template <class T>
 void execute(const LstmWeightGradients<T>& a, const Parallel& parallel) {
-  stacked_products(a, parallel);
+  with_operand<T>([&](auto op) { stacked_products<decltype(op)>(a, parallel); });
 }
 
-template <class T>
-bool is_packed(const LstmBackward<T>& a) {
-  return a.packed != nullptr && a.packed[0] == kVectorBytes;
+template <class Op, class T = typename Op::Storage>
+bool has_panels(const LstmBackward<T>& a) {
+  return is_packed<Op>(a.packed, LstmPacking::kBackward, a.I, a.H, a.P);
 }
 
 // grad_gates of every token, and the gradients of the initial states; with packed weights that of the input too.
-template <class T>
+template <class Op, class T = typename Op::Storage>
 void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, const BackwardState<T>& state,
                            double* norm_cell, const Parallel& parallel) {
+  using S = Sum<Op>;
   const bool projects = a.variant.weight_hr != nullptr, norm = a.variant.norm_gates != nullptr;
-  const int64_t panels = panels_of<T>(a.H), weights = panels_of<T>(a.P) * 4 * a.H * kUnits<T>;
-  const int64_t pairs = norm ? 2 * panels * a.B : 0;
-  const auto [unpacked, packed_hr, before, after, dh, of_cells, of_gates] =
-      carve<T>(Slot::kKernel, {is_packed(a) ? 0 : weights, projects ? panels * a.P * kUnits<T> : 0, a.B * 4 * a.H,
-                               a.B * 4 * a.H, projects ? a.B * a.P : 0, pairs, pairs});
+  const int64_t panels = panels_of<S>(a.H), gates = a.B * 4 * words_of<Op>(a.H), pairs = norm ? 2 * panels * a.B : 0;
+  const bool packed = has_panels<Op>(a);
+  const int64_t weights = panels_of<S>(a.P) * backward_panel_words<Op>(a.H);
+  const auto [unpacked, packed_hr, before, after, dh] =
+      carve<Word<Op>>(Slot::kKernel, {packed ? 0 : weights, projects ? panels * words_of<Op>(a.P) * kUnits<S> : 0,
+                                      gates, gates, projects ? a.B * words_of<Op>(a.P) : 0});
+  const auto [of_cells, of_gates] = carve<S>(Slot::kMoments, {pairs, pairs});
   if (schedule.ragged()) {  // tiles are multiplied whole
-    copy_or_zero<T>(before, nullptr, a.B * 4 * a.H);
-    copy_or_zero<T>(after, nullptr, a.B * 4 * a.H);
-    if (projects) copy_or_zero<T>(dh, nullptr, a.B * a.P);
+    copy_or_zero<Word<Op>>(before, nullptr, gates);
+    copy_or_zero<Word<Op>>(after, nullptr, gates);
+    if (projects) clear_tiles<Op>(dh, a.B, a.P);
   }
-  const T* recurrent = is_packed(a) ? a.packed + kLstmPackHeader<T> : unpacked;
-  const Backward<T> backward = {a,
-                                schedule,
-                                state,
-                                recurrent,
-                                is_packed(a) ? recurrent + weights : nullptr,
-                                is_packed(a) ? nullptr : unpacked,
-                                packed_hr,
-                                {before, after},
-                                dh,
-                                {of_cells, a.B},
-                                {of_gates, a.B},
-                                norm_cell};
-  const int64_t columns = a.P + (is_packed(a) ? a.I : 0);
-  const bool worth_it = schedule.tokens() * a.H * columns * 8 >= kTeamFlops;
+  const Running<T> grad_h(Slot::kHidden, a.grad_h_0, a.grad_h_n, a.B * a.P);
+  const Running<T> grad_c(Slot::kCell, a.grad_c_0, a.grad_c_n, a.B * a.H);
+  const auto* panels_in =
+      reinterpret_cast<const Word<Op>*>(static_cast<const char*>(a.packed) + sizeof(LstmPackHeader));
+  const Backward<Op> backward = {a,
+                                 schedule,
+                                 state,
+                                 packed ? panels_in : unpacked,
+                                 packed ? panels_in + weights : nullptr,
+                                 packed ? nullptr : unpacked,
+                                 packed_hr,
+                                 {before, after},
+                                 dh,
+                                 grad_h.values(),
+                                 grad_c.values(),
+                                 {of_cells, a.B},
+                                 {of_gates, a.B},
+                                 norm_cell};
+  const bool worth_it = schedule.tokens() * a.H * (a.P + (packed ? a.I : 0)) * 8 >= kTeamFlops;
   run_team(parallel, panels, worth_it, [&](const Share& share) { backward.run(share); });
+  grad_h.finish();
+  grad_c.finish();
 }
 
 template <class T>
 void copy_narrowed(T* to, const Buffer<double>& from, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) to[j] = static_cast<T>(from[j]);
+  for (int64_t j = 0; j < count; ++j) to[j] = narrow<T>(static_cast<Widened<T>>(from[j]));
 }
 
-template <class T>
-void execute(const LstmBackward<T>& a, const Parallel& parallel) {
-  const Schedule schedule(a.steps, a.B, a.lengths, a.reverse);
+template <class Op, class T = typename Op::Storage>
+void backward(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
+  using S = Sum<Op>;
   const Tokens<T> tokens(a, schedule);
   const bool projects = a.variant.weight_hr != nullptr, norm = a.variant.norm_gates != nullptr;
   const bool recompute = a.gates == nullptr;
   const int64_t N = tokens.count(), width = 4 * a.H;
-  copy_or_zero(a.grad_h_0, a.grad_h_n, a.B * a.P);
-  copy_or_zero(a.grad_c_0, a.grad_c_n, a.B * a.H);
-  const auto [own_gates, grad_hidden, unprojected, grad_projected, normalized, scales] = carve<T>(
-      Slot::kGates, {a.grad_gates == nullptr ? N * width : 0, norm ? N * width : 0, projects ? N * a.H : 0,
-                     projects ? N * a.P : 0, recompute && norm ? 2 * N * width : 0, recompute && norm ? 4 * N : 0});
+  const auto [own_gates, grad_hidden, unprojected, grad_projected, normalized] =
+      carve<T>(Slot::kGates, {a.grad_gates == nullptr ? N * width : 0, norm ? N * width : 0, projects ? N * a.H : 0,
+                              projects ? N * a.P : 0, recompute && norm ? 2 * N * width : 0});
+  S* scales = scratch<S>(Slot::kScales, recompute && norm ? 4 * N : 0);
   T* grad_gates = a.grad_gates == nullptr ? own_gates : a.grad_gates;
   const BackwardState<T> state = {recompute ? grad_gates : a.gates,
                                   recompute ? normalized : a.normalized,
@@ -151,18 +240,26 @@ void execute(const LstmBackward<T>& a, const Parallel& parallel) {
                                   grad_projected};
   const Buffer<double> norm_cell(norm ? 2 * a.H : 0);
   for (int64_t j = 0; norm && j < 2 * a.H; ++j) norm_cell[j] = 0;
-  if (recompute) Recomputation<T>{a, schedule, grad_gates, normalized, scales}.run(tokens, parallel);
-  if (N > 0) backward_through_time(a, schedule, state, norm_cell.data(), parallel);
+  if (recompute) Recomputation<Op>{a, schedule, grad_gates, normalized, scales}.run(tokens, parallel);
+  if (N > 0) backward_through_time<Op>(a, schedule, state, norm_cell.data(), parallel);
   if (a.grad_bias != nullptr) sum_rows(N, width, grad_gates, a.grad_bias, false, parallel);
   if (a.grad_norm_gates != nullptr) {
     gain_gradients(a, schedule, state, parallel);
     copy_narrowed(a.grad_norm_cell, norm_cell, 2 * a.H);
   }
   if (norm) normalized_input_gradients(a, schedule, state, parallel);
-  if (!is_packed(a)) input_gradient(a, schedule, grad_gates, parallel);
+  if (!has_panels<Op>(a)) input_gradient<Op>(a, schedule, grad_gates, parallel);
   if (a.grad_weight_ih != nullptr) {
-    weight_gradients(a, tokens, state, grad_gates, norm ? grad_hidden : grad_gates, parallel);
+    weight_gradients<Op>(a, tokens, state, grad_gates, norm ? grad_hidden : grad_gates, parallel);
   }
+}
+
+template <class T>
+void execute(const LstmBackward<T>& a, const Parallel& parallel) {
+  const Schedule schedule(a.steps, a.B, a.lengths, a.reverse);
+  copy_or_zero(a.grad_h_0, a.grad_h_n, a.B * a.P);  // where no step runs
+  copy_or_zero(a.grad_c_0, a.grad_c_n, a.B * a.H);
+  with_operand<T>([&](auto op) { backward<decltype(op)>(a, schedule, parallel); });
 }
 
 }  // namespace
@@ -172,15 +269,25 @@ void run(const Args& args, const Parallel& parallel) {
   execute(args, parallel);
 }
 
+template void run(const LstmPackedBytes<float>&, const Parallel&);
+template void run(const LstmPackedBytes<double>&, const Parallel&);
+template void run(const LstmPackedBytes<bfloat16>&, const Parallel&);
+template void run(const LstmPackedBytes<float16>&, const Parallel&);
 template void run(const LstmPack<float>&, const Parallel&);
 template void run(const LstmPack<double>&, const Parallel&);
-template void run(const LstmPackBackward<float>&, const Parallel&);
-template void run(const LstmPackBackward<double>&, const Parallel&);
+template void run(const LstmPack<bfloat16>&, const Parallel&);
+template void run(const LstmPack<float16>&, const Parallel&);
 template void run(const LstmWeightGradients<float>&, const Parallel&);
 template void run(const LstmWeightGradients<double>&, const Parallel&);
+template void run(const LstmWeightGradients<bfloat16>&, const Parallel&);
+template void run(const LstmWeightGradients<float16>&, const Parallel&);
 template void run(const LstmForward<float>&, const Parallel&);
 template void run(const LstmForward<double>&, const Parallel&);
+template void run(const LstmForward<bfloat16>&, const Parallel&);
+template void run(const LstmForward<float16>&, const Parallel&);
 template void run(const LstmBackward<float>&, const Parallel&);
 template void run(const LstmBackward<double>&, const Parallel&);
+template void run(const LstmBackward<bfloat16>&, const Parallel&);
+template void run(const LstmBackward<float16>&, const Parallel&);
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

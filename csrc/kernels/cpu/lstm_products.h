@@ -26,7 +26,7 @@ class Tokens {
   int64_t count() const { return schedule_.tokens(); }
   const T* input() const { return schedule_.ragged() ? x_.data() : a_.input; }
 
-  // Calls f(first token, tokens, h_{t-1} of these).
+  // Calls f(first token, tokens, h_{t-1} of these) until all had their turn.
   template <class F>
   void for_hidden(const F& f) const {
     if (gathers_hidden()) return f(int64_t{0}, count(), static_cast<const T*>(h_.data()));
@@ -36,7 +36,10 @@ class Tokens {
   }
 
  private:
-  bool gathers_hidden() const { return schedule_.ragged() || a_.variant.reset != nullptr; }
+  // One product over all of them is rounded once.
+  bool gathers_hidden() const {
+    return schedule_.ragged() || a_.variant.reset != nullptr || !std::is_same_v<T, Widened<T>>;
+  }
 
   void gather(int64_t t, int64_t i) {
     const int64_t row = schedule_.row(i), token = schedule_.first(t) + i, before = schedule_.time_before(t);
@@ -64,95 +67,123 @@ void for_tokens(const Schedule& schedule, int64_t cost, const Parallel& parallel
 
 // ---- gates that were not saved
 
-template <class T>
-Moments<T> moments_of(const T* x, int64_t n) {
-  Vec<T> total = {}, squares = {};
-  for_lanes<T>(0, n, [&](int64_t j, int64_t count) { total += load(x + j, count); });
-  const T mean = sum<T>(total) / static_cast<T>(n);
-  for_lanes<T>(0, n, [&](int64_t j, int64_t count) {
-    const Vec<T> d = only<T>(load(x + j, count) - mean, count);
+template <class S>
+Moments<S> moments_of(const S* x, int64_t n) {
+  Vec<S> total = {}, squares = {};
+  for_lanes<S>(0, n, [&](int64_t j, int64_t count) { total += load(x + j, count); });
+  const S mean = sum<S>(total) / static_cast<S>(n);
+  for_lanes<S>(0, n, [&](int64_t j, int64_t count) {
+    const Vec<S> d = only<S>(load(x + j, count) - mean, count);
     squares += d * d;
   });
-  return {mean, static_cast<T>(1 / std::sqrt(static_cast<double>(sum<T>(squares)) / static_cast<double>(n) + 1e-5))};
+  return {mean, static_cast<S>(1 / std::sqrt(static_cast<double>(sum<S>(squares)) / static_cast<double>(n) + 1e-5))};
 }
 
 // (x - mean) * scale in place.
-template <class T>
-T normalize(T* x, int64_t n) {
-  const Moments<T> moments = moments_of(x, n);
-  for_lanes<T>(0, n, [&](int64_t j, int64_t count) {
+template <class S>
+S normalize(S* x, int64_t n) {
+  const Moments<S> moments = moments_of(x, n);
+  for_lanes<S>(0, n, [&](int64_t j, int64_t count) {
     store(x + j, (load(x + j, count) - moments.mean) * moments.scale, count);
   });
   return moments.scale;
 }
 
-template <class T>
+template <class Op>
 struct Recomputation {
+  using T = typename Op::Storage;
+  using S = Sum<Op>;
+
   const LstmBackward<T>& a;
   const Schedule& schedule;
-  T *gates, *normalized, *scales;  // by token; the last two with layer norm
+  T *gates, *normalized;  // by token; these with layer norm
+  S* scales;
 
   bool norm() const { return a.variant.norm_gates != nullptr; }
   void run(const Tokens<T>& tokens, const Parallel& parallel) const;
-  void add_normalized(int64_t token) const;
-  void activate(int64_t token) const;
+  void multiply_hidden(const Tokens<T>& tokens, int64_t begin, int64_t end, S* sums, const Parallel& parallel) const;
+  void normalize_sums(int64_t token, S* inputs, S* hidden) const;
+  void activate(int64_t token, const S* sums) const;
   void measure_cell(int64_t t, int64_t i) const;
 };
 
-template <class T>
-void Recomputation<T>::run(const Tokens<T>& tokens, const Parallel& parallel) const {
-  const int64_t width = 4 * a.H, N = tokens.count();
-  T* inputs = norm() ? normalized : gates;
-  T* hidden = norm() ? normalized + N * width : gates;
-  gemm(N, width, a.I, row_major(tokens.input(), a.I), transposed(a.weight_ih, a.I), inputs, width, false, parallel);
-  tokens.for_hidden([&](int64_t first, int64_t count, const T* h) {
-    gemm(count, width, a.P, row_major(h, a.P), transposed(a.weight_hh, a.P), hidden + first * width, width, !norm(),
-         parallel);
-  });
-  for_tokens(schedule, a.B * width, parallel, [&](int64_t t, int64_t i) {
-    const int64_t token = schedule.first(t) + i;
-    if (norm()) add_normalized(token);
-    activate(token);
-    if (norm()) measure_cell(t, i);
-  });
-}
-
-template <class T>
-void Recomputation<T>::add_normalized(int64_t token) const {
+// Some steps after the others: sums are wider than gates.
+template <class Op>
+void Recomputation<Op>::run(const Tokens<T>& tokens, const Parallel& parallel) const {
+  constexpr int64_t kRows = 1024;
   const int64_t width = 4 * a.H;
-  T *inputs = normalized + token * width, *hidden = normalized + (schedule.tokens() + token) * width;
-  scales[token * 4] = normalize(inputs, width);
-  scales[token * 4 + 1] = normalize(hidden, width);
-  for_lanes<T>(0, width, [&](int64_t j, int64_t n) {
-    const Vec<T> of_inputs = load(inputs + j, n) * load(a.variant.norm_gates + j, n);
-    store(gates + token * width + j, fma(load(hidden + j, n), load(a.variant.norm_gates + width + j, n), of_inputs), n);
-  });
-}
-
-template <class T>
-void Recomputation<T>::activate(int64_t token) const {
-  for (int g = 0; g < 4; ++g) {
-    T* row = gates + (token * 4 + g) * a.H;
-    for_lanes<T>(0, a.H, [&](int64_t j, int64_t n) {
-      Vec<T> sums = load(row + j, n);
-      if (a.bias_ih != nullptr) sums += load(a.bias_ih + g * a.H + j, n) + load(a.bias_hh + g * a.H + j, n);
-      store(row + j, g == 2 ? tanh(sums) : sigmoid(sums), n);
+  for (int64_t from = 0, to; from < a.steps; from = to) {
+    for (to = from + 1; to < a.steps && schedule.first(to + 1) - schedule.first(from) <= kRows; ++to) continue;
+    const int64_t begin = schedule.first(from), end = schedule.first(to), count = end - begin;
+    S* inputs = scratch<S>(Slot::kKernel, count * width * (norm() ? 2 : 1));
+    S* hidden = norm() ? inputs + count * width : inputs;
+    gemm<Op>(count, width, a.I, row_major(tokens.input() + begin * a.I, a.I), transposed(a.weight_ih, a.I), inputs,
+             width, false, parallel);
+    multiply_hidden(tokens, begin, end, hidden, parallel);
+    parallel(to - from, (1 << 15) / (a.B * width + 1) + 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = from + first; t < from + last; ++t) {
+        for (int64_t i = 0; i < schedule.active(t); ++i) {
+          const int64_t token = schedule.first(t) + i, row = (token - begin) * width;
+          if (norm()) normalize_sums(token, inputs + row, hidden + row);
+          activate(token, inputs + row);
+          if (norm()) measure_cell(t, i);
+        }
+      }
     });
   }
 }
 
-template <class T>
-void Recomputation<T>::measure_cell(int64_t t, int64_t i) const {
-  const int64_t row = schedule.row(i), token = schedule.first(t) + i, before = schedule.time_before(t), H = a.H;
-  const T* from = i < schedule.active(before) ? a.cells + (before * a.B + row) * H : a.c_0 + row * H;
-  const bool reset = resets(a.variant, t, row, a.B);
-  const T* gate = gates + token * 4 * H;
-  T* cell = scratch<T>(Slot::kPackedA, H);
-  for_lanes<T>(0, H, [&](int64_t j, int64_t n) {
-    const Vec<T> c_prev = reset ? Vec<T>{} : load(from + j, n);
-    store(cell + j, fma(load(gate + H + j, n), c_prev, load(gate + j, n) * load(gate + 2 * H + j, n)), n);
+// sums [end - begin, 4H] of these tokens: W_hh h_{t-1}, with layer norm; else added to what is there.
+template <class Op>
+void Recomputation<Op>::multiply_hidden(const Tokens<T>& tokens, int64_t begin, int64_t end, S* sums,
+                                        const Parallel& parallel) const {
+  const int64_t width = 4 * a.H;
+  tokens.for_hidden([&](int64_t first, int64_t count, const T* h) {
+    const int64_t from = first > begin ? first : begin, to = first + count < end ? first + count : end;
+    if (from >= to) return;
+    gemm<Op>(to - from, width, a.P, row_major(h + (from - first) * a.P, a.P), transposed(a.weight_hh, a.P),
+             sums + (from - begin) * width, width, !norm(), parallel);
   });
-  const Moments<T> moments = moments_of(cell, H);
+}
+
+template <class Op>
+void Recomputation<Op>::normalize_sums(int64_t token, S* inputs, S* hidden) const {
+  const int64_t width = 4 * a.H;
+  scales[token * 4] = normalize(inputs, width);
+  scales[token * 4 + 1] = normalize(hidden, width);
+  convert(normalized + token * width, inputs, width);
+  convert(normalized + (schedule.tokens() + token) * width, hidden, width);
+  for_lanes<S>(0, width, [&](int64_t j, int64_t n) {
+    const Vec<S> of_inputs = load(inputs + j, n) * load_wide(a.variant.norm_gates + j, n);
+    store(inputs + j, fma(load(hidden + j, n), load_wide(a.variant.norm_gates + width + j, n), of_inputs), n);
+  });
+}
+
+template <class Op>
+void Recomputation<Op>::activate(int64_t token, const S* sums) const {
+  for (int g = 0; g < 4; ++g) {
+    T* row = gates + (token * 4 + g) * a.H;
+    for_lanes<S>(0, a.H, [&](int64_t j, int64_t n) {
+      Vec<S> x = load(sums + g * a.H + j, n);
+      if (a.bias_ih != nullptr) x += load_wide(a.bias_ih + g * a.H + j, n) + load_wide(a.bias_hh + g * a.H + j, n);
+      store_narrow(row + j, g == 2 ? tanh(x) : sigmoid(x), n);
+    });
+  }
+}
+
+template <class Op>
+void Recomputation<Op>::measure_cell(int64_t t, int64_t i) const {
+  const int64_t row = schedule.row(i), token = schedule.first(t) + i, before = schedule.time_before(t), H = a.H;
+  const bool reset = resets(a.variant, t, row, a.B), is_first = i >= schedule.active(before);
+  const T* gate = gates + token * 4 * H;
+  S* cell = scratch<S>(Slot::kPackedA, H);
+  for_lanes<S>(0, H, [&](int64_t j, int64_t n) {
+    Vec<S> c_prev = {};
+    if (!reset) c_prev = is_first ? load_wide(a.c_0 + row * H + j, n) : load(a.cells + (before * a.B + row) * H + j, n);
+    store(cell + j, fma(load_wide(gate + H + j, n), c_prev, load_wide(gate + j, n) * load_wide(gate + 2 * H + j, n)),
+          n);
+  });
+  const Moments<S> moments = moments_of(cell, H);
   scales[token * 4 + 2] = moments.mean;
   scales[token * 4 + 3] = moments.scale;
 }
@@ -163,22 +194,23 @@ void Recomputation<T>::measure_cell(int64_t t, int64_t i) const {
 template <class T>
 void gain_gradients(const LstmBackward<T>& a, const Schedule& schedule, const BackwardState<T>& state,
                     const Parallel& parallel) {
+  using S = Widened<T>;
   const int64_t width = 4 * a.H, rows = state.by_token ? schedule.tokens() : a.steps * a.B;
-  parallel((width + kLanes<T> - 1) / kLanes<T>, (1 << 15) / (2 * rows + 1) + 1, [&](int64_t begin, int64_t end) {
-    for_lanes<T>(begin * kLanes<T>, end * kLanes<T> < width ? end * kLanes<T> : width, [&](int64_t j, int64_t n) {
-      double sums[2][kLanes<T>] = {};
+  parallel((width + kLanes<S> - 1) / kLanes<S>, (1 << 15) / (2 * rows + 1) + 1, [&](int64_t begin, int64_t end) {
+    for_lanes<S>(begin * kLanes<S>, end * kLanes<S> < width ? end * kLanes<S> : width, [&](int64_t j, int64_t n) {
+      double sums[2][kLanes<S>] = {};
       for (int64_t t = 0; t < schedule.steps(); ++t) {
-        Vec<T> step[2] = {};
+        Vec<S> step[2] = {};
         for (int64_t i = 0; i < schedule.active(t); ++i) {
-          const Vec<T> da = load(state.grad_gates + (schedule.first(t) + i) * width + j, n);
+          const Vec<S> da = load_wide(state.grad_gates + (schedule.first(t) + i) * width + j, n);
           const int64_t saved = state.saved_row(schedule, a.B, t, i);
-          for (int k = 0; k < 2; ++k) step[k] += da * load(state.normalized + (k * rows + saved) * width + j, n);
+          for (int k = 0; k < 2; ++k) step[k] += da * load_wide(state.normalized + (k * rows + saved) * width + j, n);
         }
-        for (int u = 0; u < kLanes<T>; ++u) sums[0][u] += step[0][u], sums[1][u] += step[1][u];
+        for (int u = 0; u < kLanes<S>; ++u) sums[0][u] += step[0][u], sums[1][u] += step[1][u];
       }
       for (int64_t u = 0; u < n; ++u) {
-        a.grad_norm_gates[j + u] = static_cast<T>(sums[0][u]);
-        a.grad_norm_gates[width + j + u] = static_cast<T>(sums[1][u]);
+        a.grad_norm_gates[j + u] = narrow<T>(static_cast<S>(sums[0][u]));
+        a.grad_norm_gates[width + j + u] = narrow<T>(static_cast<S>(sums[1][u]));
       }
     });
   });
@@ -188,22 +220,23 @@ void gain_gradients(const LstmBackward<T>& a, const Schedule& schedule, const Ba
 template <class T>
 void normalized_input_gradients(const LstmBackward<T>& a, const Schedule& schedule, const BackwardState<T>& state,
                                 const Parallel& parallel) {
+  using S = Widened<T>;
   const int64_t width = 4 * a.H;
   for_tokens(schedule, a.B * width, parallel, [&](int64_t t, int64_t i) {
     T* da = state.grad_gates + (schedule.first(t) + i) * width;
     const int64_t saved = state.saved_row(schedule, a.B, t, i);
     const T* x = state.normalized + saved * width;
-    Vec<T> total = {}, products = {};
-    for_lanes<T>(0, width, [&](int64_t j, int64_t n) {
-      const Vec<T> d = load(da + j, n) * load(a.variant.norm_gates + j, n);
+    Vec<S> total = {}, products = {};
+    for_lanes<S>(0, width, [&](int64_t j, int64_t n) {
+      const Vec<S> d = load_wide(da + j, n) * load_wide(a.variant.norm_gates + j, n);
       total += d;
-      products += d * load(x + j, n);
+      products += d * load_wide(x + j, n);
     });
-    const T elements = static_cast<T>(width);
-    const NormGradient<T> row = {state.scales[saved * 4], sum<T>(total) / elements, sum<T>(products) / elements};
-    for_lanes<T>(0, width, [&](int64_t j, int64_t n) {
-      const Vec<T> d = load(da + j, n) * load(a.variant.norm_gates + j, n);
-      store(da + j, row.of(d, load(x + j, n)), n);
+    const S elements = static_cast<S>(width);
+    const NormGradient<S> row = {state.scales[saved * 4], sum<S>(total) / elements, sum<S>(products) / elements};
+    for_lanes<S>(0, width, [&](int64_t j, int64_t n) {
+      const Vec<S> d = load_wide(da + j, n) * load_wide(a.variant.norm_gates + j, n);
+      store_narrow(da + j, row.of(d, load_wide(x + j, n)), n);
     });
   });
 }
@@ -219,11 +252,12 @@ void spread(const Schedule& schedule, const T* tokens, int64_t B, int64_t I, T* 
   }
 }
 
-template <class T>
+template <class Op, class T = typename Op::Storage>
 void input_gradient(const LstmBackward<T>& a, const Schedule& schedule, const T* da, const Parallel& parallel) {
   const Buffer<T> of_tokens(schedule.ragged() ? schedule.tokens() * a.I : 0);
   T* to = schedule.ragged() ? of_tokens.data() : a.grad_input;
-  gemm(schedule.tokens(), a.I, 4 * a.H, row_major(da, 4 * a.H), row_major(a.weight_ih, a.I), to, a.I, false, parallel);
+  gemm<Op>(schedule.tokens(), a.I, 4 * a.H, row_major(da, 4 * a.H), row_major(a.weight_ih, a.I), to, a.I, false,
+           parallel);
   if (schedule.ragged()) spread(schedule, to, a.B, a.I, a.grad_input);
 }
 
@@ -238,37 +272,39 @@ T* stack_rows(const T* const* steps, const int64_t* rows, int64_t first, int64_t
 }
 
 // The products of some steps at a time: all of them would need fresh memory, whose first touch costs more than the
-// copy.
-template <class T>
+// copy. But a sum of 16 bits is rounded once.
+template <class Op, class T = typename Op::Storage>
 void stacked_products(const LstmWeightGradients<T>& a, const Parallel& parallel) {
+  constexpr bool kExact = std::is_same_v<T, Sum<Op>>;
   const int64_t width = 4 * a.H;
   for (int64_t first = 0, last = 0; first < a.steps; first = last) {
     int64_t N = 0;
-    while (last < a.steps && N < kTogether) N += a.rows[last++];
+    while (last < a.steps && (!kExact || N < kTogether)) N += a.rows[last++];
     T* const da = scratch<T>(Slot::kKernel, N * (width + a.I + a.P));
     T* const x = stack_rows(a.grad_gates, a.rows, first, last, width, da);
     T* const h = stack_rows(a.input, a.rows, first, last, a.I, x);
     stack_rows(a.previous, a.rows, first, last, a.P, h);
-    gemm(width, a.I, N, transposed(da, width), row_major(x, a.I), a.grad_weight_ih, a.I, first > 0, parallel);
-    gemm(width, a.P, N, transposed(da, width), row_major(h, a.P), a.grad_weight_hh, a.P, first > 0, parallel);
+    gemm<Op>(width, a.I, N, transposed(da, width), row_major(x, a.I), a.grad_weight_ih, a.I, first > 0, parallel);
+    gemm<Op>(width, a.P, N, transposed(da, width), row_major(h, a.P), a.grad_weight_hh, a.P, first > 0, parallel);
     sum_rows(N, width, da, a.grad_bias, first > 0, parallel);
   }
 }
 
-template <class T>
+template <class Op, class T = typename Op::Storage>
 void weight_gradients(const LstmBackward<T>& a, const Tokens<T>& tokens, const BackwardState<T>& state, const T* da,
                       const T* da_hidden, const Parallel& parallel) {
   const int64_t width = 4 * a.H, N = tokens.count();
-  gemm(width, a.I, N, transposed(da, width), row_major(tokens.input(), a.I), a.grad_weight_ih, a.I, false, parallel);
+  gemm<Op>(width, a.I, N, transposed(da, width), row_major(tokens.input(), a.I), a.grad_weight_ih, a.I, false,
+           parallel);
   bool accumulate = false;
   tokens.for_hidden([&](int64_t first, int64_t count, const T* h) {
-    gemm(width, a.P, count, transposed(da_hidden + first * width, width), row_major(h, a.P), a.grad_weight_hh, a.P,
-         accumulate, parallel);
+    gemm<Op>(width, a.P, count, transposed(da_hidden + first * width, width), row_major(h, a.P), a.grad_weight_hh, a.P,
+             accumulate, parallel);
     accumulate = true;
   });
   if (a.variant.weight_hr != nullptr) {
-    gemm(a.P, a.H, N, transposed(state.grad_projected, a.P), row_major(state.unprojected, a.H), a.grad_weight_hr, a.H,
-         false, parallel);
+    gemm<Op>(a.P, a.H, N, transposed(state.grad_projected, a.P), row_major(state.unprojected, a.H), a.grad_weight_hr,
+             a.H, false, parallel);
   }
 }
 

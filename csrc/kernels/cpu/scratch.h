@@ -8,10 +8,26 @@
 #include <cstdlib>
 #include <new>
 
+#include "kernels/pages.h"
+
 namespace llmkern::cpu::LLMKERN_ISA {
 
 // One buffer a purpose and thread, so that a kernel may call another one while it holds its own.
-enum class Slot { kPackedA, kPackedB, kKernel, kGates, kMasks, kCount };
+enum class Slot {
+  kPackedA,
+  kPackedB,
+  kSums,
+  kTiles,
+  kHidden,
+  kCell,
+  kProjection,
+  kMoments,
+  kMasks,
+  kKernel,
+  kGates,
+  kScales,
+  kCount
+};
 
 // At least `count` elements, aligned to a cache line, uninitialised, valid until this thread asks for the slot again.
 template <class T>
@@ -23,12 +39,15 @@ T* scratch(Slot slot, int64_t count) {
   };
   static thread_local Buffer buffers[static_cast<int>(Slot::kCount)];
   Buffer& buffer = buffers[static_cast<int>(slot)];
-  const size_t wanted = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  const size_t wanted = static_cast<size_t>(count > 0 ? count : 1) * sizeof(T);
   if (wanted > buffer.bytes) {
     std::free(buffer.memory);
-    buffer.memory = std::aligned_alloc(64, wanted);
-    buffer.bytes = buffer.memory == nullptr ? 0 : wanted;
+    const size_t alignment = wanted < kHugePageBytes ? 64 : kHugePageBytes;
+    const size_t bytes = (wanted + alignment - 1) / alignment * alignment;
+    buffer.memory = std::aligned_alloc(alignment, bytes);
+    buffer.bytes = buffer.memory == nullptr ? 0 : bytes;
     if (buffer.memory == nullptr) throw std::bad_alloc();
+    advise_huge_pages(buffer.memory, bytes);
   }
   return static_cast<T*>(buffer.memory);
 }

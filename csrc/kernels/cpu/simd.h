@@ -79,19 +79,36 @@ inline void store(T* to, Vec<T> v) {
   memcpy(to, &v, sizeof v);
 }
 
-// The first `count` lanes, at most all; the others read as zero and are not written.
+// The first `count` lanes, at most all; the others read as zero and are not written. With AVX-512 one instruction; a
+// memcpy of a variable size is a call.
 template <class T>
 inline Vec<T> load(const T* from, int64_t count) {
   if (count == kLanes<T>) return load(from);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), from);
+  } else {
+    return (Vec<T>)_mm512_maskz_loadu_epi64(static_cast<__mmask8>((1u << count) - 1), from);
+  }
+#else
   Vec<T> v = {};
   memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
   return v;
+#endif
 }
 
 template <class T>
 inline void store(T* to, Vec<T> v, int64_t count) {
   if (count == kLanes<T>) return store(to, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << count) - 1), (__m512i)v);
+  } else {
+    _mm512_mask_storeu_epi64(to, static_cast<__mmask8>((1u << count) - 1), (__m512i)v);
+  }
+#else
   memcpy(to, &v, static_cast<size_t>(count) * sizeof(T));
+#endif
 }
 
 // Calls f(column, count) on every vector of [begin, end); the last may be shorter than a vector.

@@ -7,15 +7,16 @@
 #pragma once
 
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/quantisation.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-template <class T>
-constexpr int64_t kUnits = kLanes<T>;  // hidden units of a panel
-template <class T>
-constexpr int64_t kGatesWidth = 4 * kUnits<T>;  // columns of a panel: the four gates of its units
+template <class S>
+constexpr int64_t kUnits = kLanes<S>;  // hidden units of a panel, for sums of type S
+template <class S>
+constexpr int64_t kGatesWidth = 4 * kUnits<S>;  // columns of a panel: the four gates of its units
 
 // Registers: rows * 4 accumulators, 4 of W, 1 for a broadcast of h; 32 with AVX-512, 16 otherwise.
 constexpr int64_t kForwardRows = kVectorBytes == 64 ? 6 : 2;
@@ -25,7 +26,7 @@ constexpr int64_t kBackwardRows = kVectorBytes == 64 ? 14 : 8;
 // Of a panel, multiplied by all rows before the next: most of the first-level cache.
 constexpr int64_t kPanelBytes = 24 << 10;
 
-// ---- tiles of rows: [rows / kRows][K][kRows], the last one as high as there are rows left
+// ---- tiles of rows: [rows / kRows][words of K][kRows], the last one as high as there are rows left
 
 template <int64_t kRows>
 int64_t tile_height(int64_t row, int64_t M) {
@@ -33,120 +34,150 @@ int64_t tile_height(int64_t row, int64_t M) {
   return M - first < kRows ? M - first : kRows;
 }
 
-// Where the tiles have element (row, k); the next k is tile_height further.
-template <int64_t kRows, class T>
-T* in_tiles(T* tiles, int64_t row, int64_t k, int64_t M, int64_t K) {
+// Where the tiles have word k of a row; the next one is tile_height further.
+template <int64_t kRows, class Word>
+Word* in_tiles(Word* tiles, int64_t row, int64_t k, int64_t M, int64_t words) {
   const int64_t first = row / kRows * kRows;
-  return tiles + first * K + k * tile_height<kRows>(row, M) + row - first;
+  return tiles + first * words + k * tile_height<kRows>(row, M) + row - first;
 }
 
-// Columns [begin, end) of one of M rows of K into the tiles.
-template <int64_t kRows, class T>
-void fill_row(const T* from, int64_t row, int64_t begin, int64_t end, int64_t M, int64_t K, T* tiles) {
+// `count` elements into a row of the tiles, from word k on.
+template <class Op, int64_t kRows>
+void fill_row(const typename Op::Storage* from, int64_t count, int64_t row, int64_t k, int64_t M, int64_t words,
+              Word<Op>* tiles) {
   const int64_t height = tile_height<kRows>(row, M);
-  T* to = in_tiles<kRows>(tiles, row, begin, M, K);
-  for (int64_t k = begin; k < end; ++k, to += height) *to = from[k];
+  Word<Op>* to = in_tiles<kRows>(tiles, row, k, M, words);
+  for (int64_t i = 0; i < count; i += Op::kTerms, to += height) *to = Op::word(from + i, count - i);
 }
 
-// One vector of a row into the tiles.
-template <int64_t kRows, class T>
-void scatter(Vec<T> values, int64_t count, T* tiles, int64_t row, int64_t k, int64_t M, int64_t K) {
-  T lane[kLanes<T>];
-  store(lane, values);
-  const int64_t height = tile_height<kRows>(row, M);
-  T* to = in_tiles<kRows>(tiles, row, k, M, K);
-  for (int64_t i = 0; i < count; ++i, to += height) *to = lane[i];
+// One vector of a row into the tiles, as its storage rounds it.
+template <class Op, int64_t kRows>
+void scatter(Vec<Sum<Op>> values, int64_t count, Word<Op>* tiles, int64_t row, int64_t k, int64_t M, int64_t words) {
+  typename Op::Storage lane[kUnits<Sum<Op>>];
+  store_narrow(lane, values);
+  fill_row<Op, kRows>(lane, count, row, k, M, words, tiles);
+}
+
+// `count` rows, `stride` apart, of a panel's K elements into the tile of that height, whose words for them begin at
+// `to`; rows that there are not read as zero. As a transposed square where one will do: what is too much of a word is
+// overwritten by the next ones, as long as there are any.
+template <class Op>
+void fill_tile(const typename Op::Storage* rows, int64_t stride, int64_t K, int64_t count, int64_t height,
+               Word<Op>* to) {
+  constexpr int64_t lanes = kLanes<Word<Op>>;
+  if (words_of<Op>(K) == lanes && K % Op::kTerms == 0 && height <= lanes) {
+    Vec<Word<Op>> square[lanes];
+    for (int64_t i = 0; i < lanes; ++i) square[i] = i < count ? Op::words(rows + i * stride) : Vec<Word<Op>>{};
+    transpose<Word<Op>>(square);
+    for (int64_t k = 0; k < lanes; ++k) {
+      store(to + k * height, square[k], k * height + lanes <= lanes * height ? lanes : height);
+    }
+    return;
+  }
+  for (int64_t k = 0; k < K; k += Op::kTerms, to += height) {
+    for (int64_t i = 0; i < count; ++i) to[i] = Op::word(rows + i * stride + k, K - k);
+  }
 }
 
 // ---- products
 
-// c[rows, columns * lanes] = tile[K, rows]^T panel[K, columns * lanes]  (+ c). The part of the panel that comes next is
-// still in the last-level cache: fetched ahead, a step takes a tenth less.
-template <class T, int rows, int columns>
-void multiply_whole(int64_t K, const T* tile, const T* panel, T* c, bool accumulate) {
-  constexpr int lanes = kLanes<T>;
-  Vec<T> sums[rows][columns] = {};
-  for (int64_t k = 0; k < K; ++k, tile += rows, panel += columns * lanes) {
-    Vec<T> b[columns];
-#pragma GCC unroll 4
-    for (int j = 0; j < columns; ++j) {
-      b[j] = load(panel + j * lanes);
-      __builtin_prefetch(panel + j * lanes + kPanelBytes / sizeof(T), 0, 2);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      const Vec<T> x = broadcast(tile[i]);
-#pragma GCC unroll 4
-      for (int j = 0; j < columns; ++j) sums[i][j] = fma(x, b[j], sums[i][j]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < columns; ++j, c += lanes) store(c, accumulate ? load(c) + sums[i][j] : sums[i][j]);
-  }
-}
-
-template <class T, int rows, int columns>
-void multiply_rows(int64_t height, int64_t K, const T* tile, const T* panel, T* c, bool accumulate) {
+template <class Op, int rows, int columns>
+void multiply_rows(int64_t height, int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<Op>* c,
+                   bool accumulate) {
+  // The part of the panel that comes next is still in the last-level cache. Fetched ahead, many rows take a tenth less;
+  // a row or two wait for memory alone, which streams fastest when nobody asks for a line twice.
+  constexpr int64_t ahead = rows > 2 ? kPanelBytes : 0;
   if constexpr (rows > 0) {
-    if (height == rows) return multiply_whole<T, rows, columns>(K, tile, panel, c, accumulate);
-    multiply_rows<T, rows - 1, columns>(height, K, tile, panel, c, accumulate);
+    constexpr int64_t width = columns * kLanes<Sum<Op>>;
+    if (height == rows) return multiply_whole<Op, rows, columns, ahead>(K, tile, panel, c, width, accumulate);
+    multiply_rows<Op, rows - 1, columns>(height, K, tile, panel, c, accumulate);
   }
 }
 
-// c[M, columns * lanes] for M rows in tiles, a block of k after the other: the part of the panel that belongs to it
+// c[M, columns * lanes] for M rows in tiles, a block of words after the other: the part of the panel that belongs to it
 // stays in the first-level cache while the tiles pass by, and no chain of float32 additions is thousands long. The
 // order of the sum is that of k, whatever M.
-template <class T, int64_t kRows, int columns>
-void multiply(int64_t M, int64_t total_rows, int64_t K, const T* tiles, const T* panel, T* c, bool accumulate) {
-  constexpr int64_t width = columns * kLanes<T>, fitting = kPanelBytes / (width * static_cast<int64_t>(sizeof(T)));
+template <class Op, int64_t kRows, int columns>
+void multiply(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tiles, const Word<Op>* panel, Sum<Op>* c,
+              bool accumulate) {
+  constexpr int64_t width = columns * kLanes<Sum<Op>>, fitting = kPanelBytes / (width * sizeof(Word<Op>));
   constexpr int64_t depth = fitting < kBlockK ? fitting : kBlockK;
-  for (int64_t k = 0; k < K; k += depth) {
-    const int64_t n = K - k < depth ? K - k : depth;
+  if (words == 0 && !accumulate) memset(c, 0, static_cast<size_t>(M * width) * sizeof(Sum<Op>));
+  for (int64_t k = 0; k < words; k += depth) {
+    const int64_t n = words - k < depth ? words - k : depth;
     for (int64_t row = 0; row < M; row += kRows) {
       const int64_t height = tile_height<kRows>(row, total_rows);
-      multiply_rows<T, kRows, columns>(height, n, tiles + row * K + k * height, panel + k * width, c + row * width,
-                                       accumulate || k > 0);
+      multiply_rows<Op, kRows, columns>(height, n, tiles + row * words + k * height, panel + k * width, c + row * width,
+                                        accumulate || k > 0);
     }
   }
 }
 
-// ---- weights
+template <class S>
+int64_t panels_of(int64_t columns) {
+  return (columns + kUnits<S> - 1) / kUnits<S>;
+}
 
-// panel[k][gate][unit] = W[gate * H + first + unit, k] for a weight [4H, K]; units beyond H are 0.
-template <class T>
-void pack_gates(const T* weight, int64_t K, int64_t H, int64_t first, T* panel) {
-  const int64_t units = H - first < kUnits<T> ? H - first : kUnits<T>;
-  constexpr int lanes = kLanes<T>;
-  if (units < kUnits<T>) memset(panel, 0, static_cast<size_t>(K * kGatesWidth<T>) * sizeof(T));
-  for (int64_t gate = 0; gate < 4; ++gate) {
-    const T* rows = weight + (gate * H + first) * K;
-    T* to = panel + gate * kUnits<T>;
-    int64_t k = 0;
-    for (; units == kUnits<T> && k + lanes <= K; k += lanes) {
-      Vec<T> square[lanes];
-      for (int i = 0; i < lanes; ++i) square[i] = load(rows + i * K + k);
-      transpose<T>(square);
-      for (int i = 0; i < lanes; ++i) store(to + (k + i) * kGatesWidth<T>, square[i]);
-    }
-    for (; k < K; ++k) {
-      for (int64_t i = 0; i < units; ++i) to[k * kGatesWidth<T> + i] = rows[i * K + k];
+template <class S>
+int64_t units_of(int64_t panel, int64_t columns) {
+  return columns - panel * kUnits<S> < kUnits<S> ? columns - panel * kUnits<S> : kUnits<S>;
+}
+
+// ---- the product that makes gates: rows of K elements by a weight [4H, K]
+
+template <class Op>
+struct Gates {
+  using Storage = typename Op::Storage;
+
+  static int64_t tile_words(int64_t M, int64_t K) { return M * words_of<Op>(K); }
+  static int64_t panel_words(int64_t K) { return words_of<Op>(K) * kGatesWidth<Sum<Op>>; }
+
+  // A row of M into the tiles.
+  static void fill(const Storage* from, int64_t row, int64_t M, int64_t K, Word<Op>* tiles) {
+    fill_row<Op, kForwardRows>(from, K, row, 0, M, words_of<Op>(K), tiles);
+  }
+  // `count` elements of a row, from k on, into what workers share of a step, and the tiles of all that they shared.
+  static void share(const Storage* from, int64_t count, int64_t row, int64_t k, int64_t M, int64_t K,
+                    Word<Op>* shared) {
+    fill_row<Op, kForwardRows>(from, count, row, k / Op::kTerms, M, words_of<Op>(K), shared);
+  }
+  static const Word<Op>* tiles(const Word<Op>* shared, int64_t, int64_t) { return shared; }
+
+  // c[M, kGatesWidth] of a panel  (+ c); the tiles are those of total_rows.
+  static void multiply(int64_t M, int64_t total_rows, int64_t K, const Word<Op>* tiles, const Word<Op>* panel,
+                       Sum<Op>* c, bool accumulate) {
+    cpu::LLMKERN_ISA::multiply<Op, kForwardRows, 4>(M, total_rows, words_of<Op>(K), tiles, panel, c, accumulate);
+  }
+
+  // panel[word of k][gate][unit] = W[gate * H + first + unit, k]; units beyond H are 0.
+  static void pack(const Storage* weight, int64_t K, int64_t H, int64_t first, bool quantised, Word<Op>* panel) {
+    const int64_t units = H - first < kUnits<Sum<Op>> ? H - first : kUnits<Sum<Op>>;
+    if (units < kUnits<Sum<Op>>) memset(panel, 0, static_cast<size_t>(panel_words(K)) * sizeof(Word<Op>));
+    const Buffer<Storage> rounded(quantised ? units * K : 0);
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      const Storage* rows = weight + (gate * H + first) * K;
+      if constexpr (std::is_same_v<Storage, float>) {
+        if (quantised) rows = round_to_bytes(rows, units, K, rounded.data());
+      }
+      transpose_words<Op>(rows, K, K, kGatesWidth<Sum<Op>>, units, panel + gate * kUnits<Sum<Op>>);
     }
   }
-}
+};
 
-// [I + P, kGatesWidth]: the input's weights, then the recurrent ones.
-template <class T>
-void pack_panel(const T* weight_ih, const T* weight_hh, int64_t I, int64_t H, int64_t P, int64_t panel, T* to) {
-  pack_gates(weight_ih, I, H, panel * kUnits<T>, to);
-  pack_gates(weight_hh, P, H, panel * kUnits<T>, to + I * kGatesWidth<T>);
-}
+// All weights of a layer: the panels of the input, then those of h.
+template <class Op>
+struct PackedWeights {
+  const Word<Op>* words;
+  int64_t I, H, P;
 
-template <class T>
-int64_t panels_of(int64_t H) {
-  return (H + kUnits<T> - 1) / kUnits<T>;
-}
+  static int64_t size(int64_t I, int64_t H, int64_t P) {
+    return panels_of<Sum<Op>>(H) * (Gates<Op>::panel_words(I) + Gates<Op>::panel_words(P));
+  }
+  const Word<Op>* input(int64_t panel) const { return words + panel * Gates<Op>::panel_words(I); }
+  const Word<Op>* hidden(int64_t panel) const {
+    return words + panels_of<Sum<Op>>(H) * Gates<Op>::panel_words(I) + panel * Gates<Op>::panel_words(P);
+  }
+};
 
 }  // namespace
 
