@@ -20,8 +20,6 @@ enum class Isa { kGeneric, kAvx2, kAvx512 };
 Isa detected_isa();            // the best that both this machine and this build have
 Isa active_isa();              // what is in use: detected, or what LLMKERN_CPU asks for
 const char* name(Isa isa);     // "generic", "avx2", "avx512": the values of LLMKERN_CPU
-bool has_bf16();               // products of bfloat16 pairs beside kAvx512 (AVX512_BF16)
-bool has_vnni();               // products of bytes beside kAvx512 (AVX512_VNNI)
 bool select_isa(const char*);  // false, and nothing changes, when the name or the machine does not allow it
 
 namespace generic {

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from llmkern import ops
 from llmkern.nn._packing import PackedWeights, checked_dtype
+from llmkern.ops import _seed
 from llmkern.ops._checks import ShapeError
 
 State = tuple[Tensor, Tensor]
@@ -27,18 +28,32 @@ class LSTM(nn.RNNBase):
         batch_first: input and output are [B, T, ...] instead of [T, B, ...]; states are [.., B, H] either way.
         dropout: probability of zeroing an element between layers, in training.
         bidirectional: a second set of layers reads backwards; outputs are concatenated.
-        proj_size: must be 0; projections are not provided yet.
+        proj_size: P; if not 0, h is projected to P elements (Sak et al. 2014).
         device, dtype: of the parameters.
 
-    Shapes, with S = num_layers * (2 if bidirectional else 1):
-        input [T, B, I] or, unbatched, [T, I]; hx = (h_0, c_0), each [S, B, H] or [S, H]; None means zeros.
-        A PackedSequence is taken too, sorted or not, and then the output is one.
+    Beyond torch, by keyword alone; all masks are drawn anew at every call in training, from torch's generator:
+        layer_norm: layer-normalised gates and cell (Ba et al. 2016, as in Haste), with parameters ``norm_gates_l0``
+            [2, 4*H] and ``norm_cell_l0`` [2, H] for each layer and direction.
+        zoneout_h, zoneout_c: probabilities that an element of h and c keeps its value of the step before, in training;
+            in evaluation the expectation takes its place (Krueger et al. 2017).
+        weight_dropout: probability of zeroing an element of the recurrent weights, in training, the same for all steps
+            (Merity et al. 2018, https://arxiv.org/abs/1708.02182).
+        locked_dropout: ``dropout`` zeroes the same elements at all steps (Gal & Ghahramani 2016).
+        recompute: in training keep outputs and cell states alone, a third of the memory, and compute the gates again in
+            the backward pass, a third more arithmetic (on the CPU).
+
+    Shapes, with S = num_layers * (2 if bidirectional else 1), and P = H without a projection:
+        input [T, B, I] or, unbatched, [T, I]; hx = (h_0, c_0), [S, B, P] and [S, B, H], or [S, P] and [S, H]; None
+        means zeros. A PackedSequence is taken too, sorted or not, and then the output is one.
         lengths int64 [B]: row b has lengths[b] steps; its output is 0 beyond them, and h_n, c_n are the states after
         them. Rows need not be sorted.
-        output [T, B, H * directions]; h_n, c_n as h_0, c_0.
+        reset bool [T, B], as the input without I: a row's state is zero before the steps at which it is set, where
+        another document begins. Layers that read backwards forget at the same boundaries.
+        output [T, B, P * directions]; h_n, c_n as h_0, c_0. With return_cells also the cell states of all steps, [S, T,
+        B, H], [S, B, T, H] with batch_first, or [S, T, H].
 
     Raises:
-        TypeError, ValueError: as :func:`llmkern.ops.lstm`, and for options that are not provided.
+        TypeError, ValueError: as :func:`llmkern.ops.lstm`, and for options that do not fit.
 
     Example:
         >>> lstm = llmkern.nn.LSTM(256, 512, num_layers=2, dropout=0.2)
@@ -57,9 +72,18 @@ class LSTM(nn.RNNBase):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        layer_norm: bool = False,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        weight_dropout: float = 0.0,
+        locked_dropout: bool = False,
+        recompute: bool = False,
     ) -> None:
-        if proj_size != 0:
-            raise ValueError(f"llmkern.LSTM: expected proj_size 0, got {proj_size}")
+        probabilities = {"zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
+        for name, p in (probabilities | {"weight_dropout": weight_dropout}).items():
+            if not 0 <= p <= 1:
+                raise ValueError(f"llmkern.LSTM: expected {name} in [0, 1], got {p}")
         super().__init__(
             "LSTM",
             input_size,
@@ -73,7 +97,26 @@ class LSTM(nn.RNNBase):
             device,
             dtype,
         )
+        self.layer_norm = layer_norm
+        self.zoneout_h, self.zoneout_c = zoneout_h, zoneout_c
+        self.weight_dropout, self.locked_dropout = weight_dropout, locked_dropout
+        self.recompute = recompute
+        if layer_norm:
+            for suffix in self._suffixes():
+                for name, rows in (("norm_gates", 4 * hidden_size), ("norm_cell", hidden_size)):
+                    empty = torch.empty(2, rows, device=device, dtype=dtype)
+                    self.register_parameter(name + suffix, nn.Parameter(empty))
+            self.reset_parameters()
         self._packed = PackedWeights()
+
+    def reset_parameters(self) -> None:
+        """As in torch: uniform in +-1/sqrt(H). Gains of layer norm are 1, its bias 0."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.startswith("norm_"):
+                nn.init.ones_(parameter)
+            if name.startswith("norm_cell"):
+                nn.init.zeros_(parameter[1])
 
     def quantize_weights(self, dtype: torch.dtype | None) -> None:
         """Reads float32 weights in 8 bits from now on, where no gradients are wanted (``torch.no_grad()``), on the CPU.
@@ -92,27 +135,60 @@ class LSTM(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take the parameters as they are."""
 
+    def extra_repr(self) -> str:
+        options = ("layer_norm", "zoneout_h", "zoneout_c", "weight_dropout", "locked_dropout")
+        ours = [f"{name}={getattr(self, name)}" for name in (*options, "recompute")]
+        changed = [text for text in ours if not text.endswith(("=False", "=0.0", "=0"))]
+        return ", ".join([super().extra_repr(), *changed])
+
     def forward(
         self,
         input: Tensor | PackedSequence,
         hx: State | None = None,
         *,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, State]:
+        reset: Tensor | None = None,
+        return_cells: bool = False,
+    ) -> Any:
         if isinstance(input, PackedSequence):
-            if lengths is not None:
+            if lengths is not None or reset is not None or return_cells:
                 raise ValueError(
-                    "llmkern.LSTM: expected no lengths beside a PackedSequence, which has its own"
+                    "llmkern.LSTM: expected no lengths, reset or return_cells beside a PackedSequence"
                 )
             return self._forward_packed(input, hx)
         batched = self._check_input(input)
         x = input if batched else input.unsqueeze(1)
         x = x.transpose(0, 1) if self.batch_first and batched else x
+        if reset is not None:
+            reset = self._steps_first(reset, batched)
         h_0, c_0 = self._initial_state(x, hx, batched)
-        output, h_n, c_n = self._run_layers(x, h_0, c_0, lengths)
+        output, h_n, c_n, cells = self._run_layers(x, h_0, c_0, lengths, reset, return_cells)
         if not batched:
-            return output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
-        return output.transpose(0, 1) if self.batch_first else output, (h_n, c_n)
+            output, h_n, c_n = output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1)
+        elif self.batch_first:
+            output = output.transpose(0, 1)
+        if not return_cells:
+            return output, (h_n, c_n)
+        steps = torch.stack(cells)
+        if not batched:
+            steps = steps.squeeze(2)
+        elif self.batch_first:
+            steps = steps.transpose(1, 2)
+        return output, (h_n, c_n), steps
+
+    def _steps_first(self, reset: Tensor, batched: bool) -> Tensor:
+        if not isinstance(reset, Tensor):
+            raise TypeError(
+                f"llmkern.LSTM: expected reset to be a Tensor, got {type(reset).__name__}"
+            )
+        if reset.dim() != 1 + batched:
+            shape = "[T]" if not batched else "[B, T]" if self.batch_first else "[T, B]"
+            raise ValueError(
+                f"llmkern.LSTM: expected reset of shape {shape}, got {list(reset.shape)}"
+            )
+        if not batched:
+            return reset.unsqueeze(1)
+        return reset.transpose(0, 1) if self.batch_first else reset
 
     def _forward_packed(
         self, input: PackedSequence, hx: State | None
@@ -124,7 +200,7 @@ class LSTM(nn.RNNBase):
         h_0, c_0 = self._initial_state(steps, hx, batched=True)
         if order is not None:
             h_0, c_0 = h_0.index_select(1, order), c_0.index_select(1, order)
-        output, h_n, c_n = self._run_layers(steps, h_0, c_0, lengths.to(data.device))
+        output, h_n, c_n, _ = self._run_layers(steps, h_0, c_0, lengths.to(data.device))
         packed = pack_padded_sequence(output, lengths).data
         if place is not None:
             h_n, c_n = h_n.index_select(1, place), c_n.index_select(1, place)
@@ -143,14 +219,19 @@ class LSTM(nn.RNNBase):
         return input.dim() == 3
 
     def _initial_state(self, x: Tensor, hx: State | None, batched: bool) -> State:
-        layers, B, H = self._layers(), x.shape[1], self.hidden_size
+        layers, B, H = len(self._all_weights), x.shape[1], self.hidden_size
+        P = self.proj_size or H
         if hx is None:
             zeros = x.new_zeros(layers, B, H)
-            return zeros, zeros
-        letters, shape = ("S, B, H", [layers, B, H]) if batched else ("S, H", [layers, H])
+            return (zeros if P == H else x.new_zeros(layers, B, P)), zeros
         if len(hx) != 2:
             raise ValueError(f"llmkern.LSTM: expected hx to be (h_0, c_0), got {len(hx)} values")
-        for name, state in zip(("h_0", "c_0"), hx, strict=True):
+        for name, state, letter, size in zip(
+            ("h_0", "c_0"), hx, ("P" if self.proj_size else "H", "H"), (P, H), strict=True
+        ):
+            letters, shape = f"S, B, {letter}", [layers, B, size]
+            if not batched:
+                letters, shape = f"S, {letter}", [layers, size]
             if not isinstance(state, Tensor):
                 raise TypeError(
                     f"llmkern.LSTM: expected {name} to be a Tensor, got {type(state).__name__}"
@@ -162,37 +243,81 @@ class LSTM(nn.RNNBase):
         h_0, c_0 = hx
         return (h_0, c_0) if batched else (h_0.unsqueeze(1), c_0.unsqueeze(1))
 
-    def _layers(self) -> int:
-        return self.num_layers * (2 if self.bidirectional else 1)
+    def _suffixes(self) -> list[str]:
+        """What the names of a layer's parameters end in, by layer and direction."""
+        return [names[0].removeprefix("weight_ih") for names in self._all_weights]
 
     def _run_layers(
-        self, x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        x: Tensor,
+        h_0: Tensor,
+        c_0: Tensor,
+        lengths: Tensor | None,
+        reset: Tensor | None = None,
+        return_cells: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         directions = 2 if self.bidirectional else 1
-        weights, h_n, c_n = self.all_weights, [], []
+        states: list[tuple[Tensor, ...]] = []
+        zoneout = self.zoneout_h > 0 or self.zoneout_c > 0
+        seeds = _seed.drawn(None, (len(h_0),), x.device) if zoneout and self.training else None
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(directions):
                 index = layer * directions + direction
-                weight_ih, weight_hh, *biases = weights[index]
-                output, h, c = ops.lstm(
+                output, *state = ops.lstm(
                     x,
                     h_0[index],
                     c_0[index],
-                    weight_ih,
-                    weight_hh,
-                    *biases,
+                    **self._weights_of(index, x.shape[0] * x.shape[1]),
                     reverse=direction == 1,
                     lengths=lengths,
-                    packed=self._packed.get(index, x.shape[0] * x.shape[1], weight_ih, weight_hh),
+                    reset=_boundaries_backwards(reset) if direction == 1 else reset,
+                    zoneout_h=self.zoneout_h,
+                    zoneout_c=self.zoneout_c,
+                    seed=None if seeds is None else seeds[index],
+                    recompute=self.recompute,
+                    return_cells=return_cells,
                 )
                 outputs.append(output)
-                h_n.append(h)
-                c_n.append(c)
+                states.append(tuple(state))
             x = outputs[0] if directions == 1 else torch.cat(outputs, dim=2)
-            if self.dropout > 0 and self.training and layer < self.num_layers - 1:
-                x = F.dropout(x, self.dropout)
-        return x, torch.stack(h_n), torch.stack(c_n)
+            if layer < self.num_layers - 1:
+                x = self._drop(x)
+        h_n, c_n, *cells = zip(*states, strict=True)
+        return x, torch.stack(h_n), torch.stack(c_n), list(cells[0]) if cells else []
+
+    def _weights_of(self, index: int, rows: int) -> dict[str, Tensor]:
+        """Arguments of ops.lstm for one layer and direction."""
+        names = self._all_weights[index]
+        suffix = names[0].removeprefix("weight_ih")
+        weights: dict[str, Tensor] = {
+            name.removesuffix(suffix): getattr(self, name) for name in names
+        }
+        if self.layer_norm:
+            for name in ("norm_gates", "norm_cell"):
+                weights[name] = getattr(self, name + suffix)
+        weight_ih, weight_hh = weights["weight_ih"], weights["weight_hh"]
+        if self.weight_dropout > 0 and self.training:
+            weights["weight_hh"] = ops.dropout(weight_hh, self.weight_dropout)
+        else:
+            packed = self._packed.get(index, rows, weight_ih, weight_hh)
+            if packed is not None:
+                weights["packed"] = packed
+        return weights
+
+    def _drop(self, x: Tensor) -> Tensor:
+        if self.dropout == 0 or not self.training:
+            return x
+        return (
+            ops.dropout(x, self.dropout, locked=True)
+            if self.locked_dropout
+            else F.dropout(x, self.dropout)
+        )
+
+
+def _boundaries_backwards(reset: Tensor | None) -> Tensor | None:
+    """Who reads backwards forgets before the last step of a document: a boundary lies before the step that is set."""
+    return None if reset is None else torch.cat([reset[1:], torch.zeros_like(reset[:1])])
 
 
 class LSTMCell(nn.LSTMCell):

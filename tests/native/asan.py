@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "asan"
-TREES = {"csrc": "*.*", "llmkern": "*.py", "tests": "*.py"}
+TREES = {"csrc": "*.*", "llmkern": "*.py", "tests": "*.py", "benchmarks": "*.py"}
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 # The compiler and opcheck run torch's tracer for minutes, and no line of a kernel that other tests do not run.

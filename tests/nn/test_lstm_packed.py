@@ -56,7 +56,9 @@ def test_equals_torch(isa, lengths, with_state, options):
 def test_errors():
     lstm, _ = pair()
     packed = pack_sequence(sequences([2, 1]))
-    with pytest.raises(ValueError, match="expected no lengths beside a PackedSequence"):
+    with pytest.raises(
+        ValueError, match="expected no lengths, reset or return_cells beside a PackedSequence"
+    ):
         lstm(packed, lengths=torch.tensor([2, 1]))
     with pytest.raises(
         ValueError, match=r"h_0 of shape \[S, B, H\] = \[1, 2, 19\], got \[1, 3, 19\]"

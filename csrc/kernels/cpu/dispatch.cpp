@@ -56,24 +56,6 @@ Isa detected_isa() {
   return Isa::kGeneric;
 }
 
-bool has_bf16() {
-#ifdef LLMKERN_X86
-  static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has;
-#else
-  return false;
-#endif
-}
-
-bool has_vnni() {
-#ifdef LLMKERN_X86
-  static const bool has = __builtin_cpu_supports("avx512vnni");
-  return has;
-#else
-  return false;
-#endif
-}
-
 Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
 bool select_isa(const char* wanted) {

@@ -11,7 +11,6 @@
 #pragma once
 
 #include "kernels/cpu/storage.h"
-#include "kernels/run.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
@@ -34,6 +33,13 @@ struct Wide {
 };
 
 #ifdef __AVX512F__
+namespace {  // asked here, not of dispatch.cpp: builds share no function
+
+inline bool has_bf16() { return __builtin_cpu_supports("avx512bf16"); }
+inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
+
+}  // namespace
+
 // The instruction is not among those that this build may use everywhere, because most machines with AVX-512 do not
 // have it. One build more, of every kernel, for the sake of one instruction would leave the AVX-512 build itself
 // without tests on machines that have it; so it is named to the assembler, here and nowhere else, behind has_bf16().

@@ -60,7 +60,7 @@ void scatter(Vec<Sum<Op>> values, int64_t count, Word<Op>* tiles, int64_t row, i
 
 // `count` rows, `stride` apart, of a panel's K elements into the tile of that height, whose words for them begin at
 // `to`; rows that there are not read as zero. As a transposed square where one will do: what is too much of a word is
-// overwritten by the next.
+// overwritten by the next ones, as long as there are any.
 template <class Op>
 void fill_tile(const typename Op::Storage* rows, int64_t stride, int64_t K, int64_t count, int64_t height,
                Word<Op>* to) {
@@ -69,8 +69,10 @@ void fill_tile(const typename Op::Storage* rows, int64_t stride, int64_t K, int6
     Vec<Word<Op>> square[lanes];
     for (int64_t i = 0; i < lanes; ++i) square[i] = i < count ? Op::words(rows + i * stride) : Vec<Word<Op>>{};
     transpose<Word<Op>>(square);
-    for (int64_t k = 0; k + 1 < lanes; ++k) store(to + k * height, square[k]);
-    return store(to + (lanes - 1) * height, square[lanes - 1], height);
+    for (int64_t k = 0; k < lanes; ++k) {
+      store(to + k * height, square[k], k * height + lanes <= lanes * height ? lanes : height);
+    }
+    return;
   }
   for (int64_t k = 0; k < K; k += Op::kTerms, to += height) {
     for (int64_t i = 0; i < count; ++i) to[i] = Op::word(rows + i * stride + k, K - k);
