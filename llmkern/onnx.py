@@ -5,7 +5,7 @@
         model, (x,), dynamo=True, custom_translation_table=llmkern.onnx.translation_table()
     )
 
-Needs ``pip install onnx onnxscript``, as torch.onnx.export itself does. Call ``model.eval()`` first.
+Needs ``pip install 'llmkern[onnx]'``: onnx and onnxscript, as torch.onnx.export itself does. Call ``model.eval()`` first.
 """
 
 from collections.abc import Callable

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import llmkern
 from tests.conftest import assert_close
@@ -98,6 +99,21 @@ def test_retain_graph():
     first = torch.autograd.grad(loss, inputs, retain_graph=True)
     second = torch.autograd.grad(loss, inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_within_a_checkpoint():
+    """What is saved may be looked at once."""
+    tensors, target, options = arguments_of(SHAPE, 0)
+    values = [t.requires_grad_() for t in tensors.values()]
+
+    def loss(*values):
+        return llmkern.ops.linear_cross_entropy(
+            **dict(zip(tensors, values, strict=True)), target=target, **options
+        )
+
+    again = torch.utils.checkpoint.checkpoint(loss, *values, use_reentrant=False)
+    got, expected = (torch.autograd.grad(f, values) for f in (again, loss(*values)))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_target_changed_before_the_backward_pass():
