@@ -5,7 +5,8 @@
         model, (x,), dynamo=True, custom_translation_table=llmkern.onnx.translation_table()
     )
 
-Needs ``pip install 'llmkern[onnx]'``: onnx and onnxscript, as torch.onnx.export itself does. Call ``model.eval()`` first.
+Needs ``pip install 'llmkern[onnx]'``: onnx and onnxscript, as torch.onnx.export itself does. Call
+``model.eval()`` first.
 """
 
 from collections.abc import Callable
@@ -58,8 +59,9 @@ def _lstm(
     save_gates: bool = False,
 ) -> tuple[Any, ...]:
     """llmkern::lstm as operators of ONNX; what only a backward pass needs is left out."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
+    op: Any = opset18  # it takes lists of numbers for tensors, which its annotations do not say
     variants = {"a projection": weight_hr, "layer norm": norm_gates, "resets": reset}
     variants |= {"zoneout": zoneout_h or zoneout_c or None}
     for name, value in variants.items():
