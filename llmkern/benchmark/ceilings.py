@@ -85,19 +85,22 @@ def measure_ceilings(seconds: float = 0.15) -> Ceilings:
     """Measures the processor with the current number of threads; :mod:`ceilings_cuda` measures a GPU.
 
     Args:
-        seconds: time for each of about ten probes.
+        seconds: time for each of about a dozen probes.
 
     Returns:
         The ceilings.
     """
     threads, load_average = torch.get_num_threads(), os.getloadavg()[0]
     with torch.inference_mode():
-        peak = max(flops / _best(run, seconds) for run, flops in _arithmetic_probes())
+        peaks = {
+            dtype: max(flops / _best(run, seconds) for run, flops in _arithmetic_probes(dtype))
+            for dtype in (torch.float32, torch.bfloat16)
+        }
         levels = tuple(
             Level(name, capacity, _read(name, buffer, threads, seconds), _copy(buffer, seconds))
             for name, capacity, buffer in _buffers(threads)
         )
-    return Ceilings(threads, load_average, {torch.float32: peak}, levels)
+    return Ceilings(threads, load_average, peaks, levels)
 
 
 def _buffers(threads: int) -> Iterator[tuple[str, float, int]]:
@@ -109,11 +112,11 @@ def _buffers(threads: int) -> Iterator[tuple[str, float, int]]:
     yield "DRAM", float("inf"), min(max(4 * third, 64 << 20), 512 << 20)
 
 
-def _arithmetic_probes() -> Iterator[tuple[Callable[[], Any], float]]:
+def _arithmetic_probes(dtype: torch.dtype) -> Iterator[tuple[Callable[[], Any], float]]:
     for n in (512, 1024):
-        a, b, out = torch.rand(n, n), torch.rand(n, n), torch.empty(n, n)
+        a, b, out = (torch.ones(n, n, dtype=dtype) for _ in range(3))
         yield lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 2.0 * n**3  # type: ignore[misc]
-    image, kernel = torch.rand(1, 128, 34, 34), torch.rand(128, 128, 3, 3)
+    image, kernel = (torch.ones(s, dtype=dtype) for s in ((1, 128, 34, 34), (128, 128, 3, 3)))
     yield lambda: F.conv2d(image, kernel), 2.0 * 128 * 128 * 9 * 32 * 32
 
 
