@@ -64,8 +64,7 @@ class Ceilings:
         phase = max(case.phases, key=lambda phase: max(self._seconds(case, phase)))
         arithmetic, memory = self._seconds(case, phase)
         if arithmetic >= memory:
-            plain = self.device.type == "cpu" or case.dtype in (torch.float32, torch.float64)
-            unit = FMA if plain else TENSOR_CORES
+            unit = FMA if case.dtype in (torch.float32, torch.float64) else TENSOR_CORES
             return unit, self.peaks[case.dtype]
         level, bandwidth = self._memory(case, phase)
         return f"{phase.traffic} {level.name}", bandwidth
