@@ -14,6 +14,8 @@ namespace llmkern {
 
 constexpr size_t kHugePageBytes = size_t{2} << 20;
 
+namespace {  // one copy an instruction-set build: the linker must not merge them
+
 // Asks for large pages under the whole ones among these bytes, before they are first written to. Advice: where the
 // system has none to give, everything works as before.
 inline void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
@@ -23,5 +25,7 @@ inline void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] si
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
+
+}  // namespace
 
 }  // namespace llmkern

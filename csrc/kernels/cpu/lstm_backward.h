@@ -115,7 +115,7 @@ struct Backward {
   Unit output_gradient(const Token& at, int64_t panel, Vec<S> hidden) const;
   void gate_gradients(const Work& work, const Token& at, int64_t panel, const Unit& unit, Vec<S> (&da)[4]) const;
   void hand_down(const Work& work, int64_t panel, int64_t t, Word<Op>* after) const;
-  void fetch(const Token& at, int64_t panel) const;
+  void fetch(int64_t panel, int64_t t) const;
 };
 
 template <class Op>
@@ -187,7 +187,6 @@ void Backward<Op>::hidden_gradient(const Work& work, int64_t panel, int64_t t) c
       scatter<Op, kBackwardRows>(dh, n, dh_tiles, i, first / Op::kTerms, a.B, words_of<Op>(a.P));
     } else {
       store(work.hidden_row(panel, i, a.B), dh);
-      fetch({t, i, row, state.saved_row(schedule, a.B, t, i)}, panel);
     }
   }
 }
@@ -266,16 +265,18 @@ void Backward<Op>::hand_down(const Work& work, int64_t panel, int64_t t, Word<Op
   }
 }
 
-// Rows are far apart in memory: what the step will read and write of one is asked for while products are still made.
+// Rows are far apart in memory: what the step at t will read of a panel is asked for before a product is made. Inlined
+// by order: to gcc a function that only prefetches has no effect, and a call of it is dropped.
 template <class Op>
-void Backward<Op>::fetch(const Token& at, int64_t panel) const {
-  const int64_t unit = panel * kUnits<S>, before = schedule.time_before(at.t);
-  for (int g = 0; g < 4; ++g) {
-    __builtin_prefetch(state.gates + (at.saved * 4 + g) * a.H + unit);
-    __builtin_prefetch(state.grad_gates + ((schedule.first(at.t) + at.i) * 4 + g) * a.H + unit, 1);
+[[gnu::always_inline]] inline void Backward<Op>::fetch(int64_t panel, int64_t t) const {
+  const int64_t unit = panel * kUnits<S>, before = schedule.time_before(t);
+  for (int64_t i = 0; i < schedule.active(t); ++i) {
+    const Token at = token(t, i);
+    if (a.grad_output != nullptr) __builtin_prefetch(a.grad_output + (t * a.B + at.row) * a.P + unit);
+    for (int g = 0; g < 4; ++g) __builtin_prefetch(state.gates + (at.saved * 4 + g) * a.H + unit);
+    __builtin_prefetch(a.cells + (t * a.B + at.row) * a.H + unit);
+    if (i < schedule.active(before)) __builtin_prefetch(a.cells + (before * a.B + at.row) * a.H + unit);
   }
-  __builtin_prefetch(a.cells + (at.t * a.B + at.row) * a.H + unit);
-  if (at.i < schedule.active(before)) __builtin_prefetch(a.cells + (before * a.B + at.row) * a.H + unit);
 }
 
 template <class Op>
@@ -364,6 +365,7 @@ void Backward<Op>::run(const Share& share) const {
     const int64_t t = s > 0 ? schedule.time(s - 1) : -1;
     if (s > 0) mine.zoneouts.draw(schedule, a.B, t);
     for (int64_t p = outputs.begin; p < outputs.end; ++p) {
+      if (s > 0 && !projects()) fetch(p, t);
       if (s < schedule.steps()) carry(mine, p, schedule.time(s), da_tiles[s % 2]);
       if (s > 0) hidden_gradient(mine, p, t);
     }
