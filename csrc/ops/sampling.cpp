@@ -13,7 +13,9 @@ namespace {
 
 constexpr const char* kName = "sample";
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// token, valid, num_kept, filtered_logprob, logprob, entropy, rank, top_ids, top_logprobs, processed; what nobody asked
+// for has no elements.
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 void check_settings(const SampleSettings& s, int64_t row) {
   const int column = wrong_setting(s);
@@ -22,36 +24,37 @@ void check_settings(const SampleSettings& s, int64_t row) {
   fail(kName, "expected ", sample_setting_range(column), ", got ", got, " in row ", row);
 }
 
-// How far apart the rows of a [1] or [B] tensor are, each of `size` values: 0 where all share one.
-int64_t row_stride(const char* name, const Tensor& tensor, int64_t B, int64_t size) {
+// How far apart the rows are of a tensor whose first dimension is 1 or B: 0 where all share one.
+int64_t row_stride(const char* name, const Tensor& tensor, int64_t B) {
   if (tensor.size(0) != 1 && tensor.size(0) != B) {
     fail(kName, "expected ", name, " with 1 or B = ", B, " rows, got shape ", shape_text(tensor));
   }
-  return tensor.size(0) == 1 ? 0 : size;
+  return tensor.size(0) == 1 ? 0 : tensor.numel() / tensor.size(0);
 }
 
-// A tensor [V] or [B, V], or nothing.
-int64_t vocabulary_stride(const char* name, const OptionalTensor& tensor, ScalarType dtype, int64_t B, int64_t V) {
-  if (!tensor.has_value()) return 0;
-  check_dtype(kName, name, *tensor, dtype);
-  if (tensor->dim() == 1) {
-    check_shape(kName, name, *tensor, {V});
+void check_per_row(const char* name, const Tensor& tensor, ScalarType dtype, int64_t dim) {
+  check_dtype(kName, name, tensor, dtype);
+  check_dim(kName, name, tensor, dim);
+}
+
+// A tensor [columns] or [B, columns]: the stride of its rows.
+int64_t vocabulary_stride(const char* name, const Tensor& tensor, int64_t B, int64_t columns) {
+  if (tensor.dim() == 1) {
+    check_shape(kName, name, tensor, {columns});
     return 0;
   }
-  check_shape(kName, name, *tensor, {B, V});
-  return V;
+  check_shape(kName, name, tensor, {B, columns});
+  return columns;
 }
 
 int64_t ids_length(const char* name, const OptionalTensor& ids, int64_t B) {
   if (!ids.has_value()) return 0;
-  check_dtype(kName, name, *ids, ScalarType::Long);
-  check_dim(kName, name, *ids, 2);
+  check_per_row(name, *ids, ScalarType::Long, 2);
   check_shape(kName, name, *ids, {B, ids->size(1)});
   return ids->size(1);
 }
 
 void check_sizes(const Tensor& logits, int64_t num_logprobs) {
-  check_dtype(kName, "logits", logits, ScalarType::Float);
   check_dim(kName, "logits", logits, 2);
   const int64_t V = logits.size(1);
   if (V < 1 || V >= kMaxSampleVocabulary) {
@@ -62,108 +65,202 @@ void check_sizes(const Tensor& logits, int64_t num_logprobs) {
   }
 }
 
-Outputs empty_outputs(const Tensor& like, int64_t B, int64_t n) {
-  const auto make = [&](std::initializer_list<int64_t> shape, ScalarType dtype) { return empty(like, shape, dtype); };
-  constexpr ScalarType kId = ScalarType::Long, kValue = ScalarType::Float;
-  return {make({B}, kId), make({B}, kValue), make({B}, kValue), make({B}, kId),
-          make({B}, kId), make({B}, kValue), make({B, n}, kId), make({B, n}, kValue)};
+// Rows may lie any distance apart, their tokens may not.
+Tensor dense_rows(const Tensor& logits) {
+  return logits.stride(1) == 1 || logits.size(1) == 1 ? logits : row_major(logits);
 }
 
-struct Inputs {  // row major, alive as long as the kernel's pointers
+struct Inputs {  // alive as long as the kernel's pointers
   Tensor logits;
-  OptionalTensor bias, allowed, prompt, output;
-  Tensor settings, seeds, positions;
+  OptionalTensor bias, bias_ids, bias_values, allowed, prompt, output;
+  Tensor settings, seeds;
+  OptionalTensor positions;
 };
 
-Inputs check_inputs(const Tensor& logits, const OptionalTensor& bias, const OptionalTensor& allowed,
-                    const OptionalTensor& prompt, const OptionalTensor& output, const Tensor& settings,
-                    const Tensor& seeds, const Tensor& positions, int64_t num_logprobs) {
-  check_sizes(logits, num_logprobs);
-  check_dtype(kName, "settings", settings, ScalarType::Double);
-  check_dim(kName, "settings", settings, 2);
-  check_shape(kName, "settings", settings, {settings.size(0), kSampleSettings});
-  check_dtype(kName, "seeds", seeds, ScalarType::Long);
-  check_dim(kName, "seeds", seeds, 1);
-  check_dtype(kName, "positions", positions, ScalarType::Long);
-  check_shape(kName, "positions", positions, {logits.size(0)});
-  return {row_major(logits), row_major(bias),     row_major(allowed), row_major(prompt),
-          row_major(output), row_major(settings), row_major(seeds),   row_major(positions)};
+struct Wanted {
+  int64_t num_logprobs;
+  bool logprob, entropy, rank, processed;
+};
+
+Outputs empty_outputs(const Tensor& like, int64_t B, int64_t V, const Wanted& wanted) {
+  const auto make = [&](std::initializer_list<int64_t> shape, ScalarType dtype) { return empty(like, shape, dtype); };
+  constexpr ScalarType kId = ScalarType::Long, kValue = ScalarType::Float;
+  const int64_t n = wanted.num_logprobs;
+  return {make({B}, kId),
+          make({B}, ScalarType::Bool),
+          make({B}, kId),
+          make({B}, kValue),
+          make({wanted.logprob ? B : 0}, kValue),
+          make({wanted.entropy ? B : 0}, kValue),
+          make({wanted.rank ? B : 0}, kId),
+          make({B, n}, kId),
+          make({B, n}, kValue),
+          make({wanted.processed ? B : 0, V}, kValue)};
 }
 
-Sample arguments(const Inputs& in, const Outputs& out, int64_t num_logprobs) {
-  const int64_t B = in.logits.size(0), V = in.logits.size(1);
-  const auto& [token, logprob, filtered_logprob, rank, num_kept, entropy, top_ids, top_logprobs] = out;
-  Sample a = {};
-  a.logits = data<float>(in.logits);
-  a.bias = data<float>(in.bias);
-  a.bias_stride = vocabulary_stride("logit_bias", in.bias, ScalarType::Float, B, V);
-  a.allowed = data<bool>(in.allowed);
-  a.allowed_stride = vocabulary_stride("allowed", in.allowed, ScalarType::Bool, B, V);
-  a.prompt_ids = data<int64_t>(in.prompt);
-  a.prompt_length = ids_length("prompt_ids", in.prompt, B);
-  a.output_ids = data<int64_t>(in.output);
-  a.output_length = ids_length("output_ids", in.output, B);
+// The output's memory, or null where nobody asked for it.
+template <class T>
+T* wanted_data(const Tensor& output, bool wanted) {
+  return wanted ? mutable_data<T>(output) : nullptr;
+}
+
+template <class T>
+void set_bias(const Inputs& in, Sample<T>& a) {
+  if (in.bias.has_value()) {
+    check_dtype(kName, "logit_bias", *in.bias, ScalarType::Float);
+    a.bias = data<float>(in.bias);
+    a.bias_stride = vocabulary_stride("logit_bias", *in.bias, a.B, a.V);
+  }
+  if (!in.bias_ids.has_value() && !in.bias_values.has_value()) return;
+  if (!in.bias_ids.has_value() || !in.bias_values.has_value()) {
+    fail(kName, "expected the ids and the values of a sparse bias, got one of them");
+  }
+  check_per_row("bias_ids", *in.bias_ids, ScalarType::Long, 2);
+  check_dtype(kName, "bias_values", *in.bias_values, ScalarType::Float);
+  check_shape(kName, "bias_values", *in.bias_values, {in.bias_ids->size(0), in.bias_ids->size(1)});
+  a.bias_ids = data<int64_t>(in.bias_ids);
+  a.bias_values = data<float>(in.bias_values);
+  a.num_bias_ids = in.bias_ids->size(1);
+  a.bias_ids_stride = row_stride("bias_ids", *in.bias_ids, a.B);
+}
+
+template <class T>
+void set_allowed(const OptionalTensor& allowed, Sample<T>& a) {
+  if (!allowed.has_value()) return;
+  const bool packed = allowed->scalar_type() == ScalarType::Int;
+  if (!packed) check_dtype(kName, "allowed", *allowed, ScalarType::Bool);
+  a.allowed = allowed->const_data_ptr();
+  a.allowed_kind = packed ? AllowedKind::kBits : AllowedKind::kBytes;
+  a.allowed_stride = vocabulary_stride("allowed", *allowed, a.B, packed ? (a.V + 31) / 32 : a.V);
+}
+
+template <class T>
+void set_rows(const Inputs& in, Sample<T>& a) {
+  check_per_row("settings", in.settings, ScalarType::Double, 2);
+  check_shape(kName, "settings", in.settings, {in.settings.size(0), kSampleSettings});
+  check_per_row("seeds", in.seeds, ScalarType::Long, 1);
   a.settings = static_cast<const SampleSettings*>(in.settings.const_data_ptr());
-  a.settings_stride = row_stride("settings", in.settings, B, 1);
+  a.settings_stride = row_stride("settings", in.settings, a.B) / kSampleSettings;
   a.seeds = data<int64_t>(in.seeds);
-  a.seed_stride = row_stride("seeds", in.seeds, B, 1);
+  a.seed_stride = row_stride("seeds", in.seeds, a.B);
+  if (!in.positions.has_value()) return;
+  check_per_row("positions", *in.positions, ScalarType::Long, 1);
   a.positions = data<int64_t>(in.positions);
-  a.B = B;
-  a.V = V;
-  a.num_logprobs = num_logprobs;
+  a.position_stride = row_stride("positions", *in.positions, a.B);
+}
+
+template <class T>
+void set_outputs(const Outputs& out, const Wanted& wanted, Sample<T>& a) {
+  const auto& [token, valid, num_kept, filtered_logprob, logprob, entropy, rank, top_ids, top_logprobs, processed] =
+      out;
+  a.num_logprobs = wanted.num_logprobs;
   a.token = mutable_data<int64_t>(token);
-  a.logprob = mutable_data<float>(logprob);
-  a.filtered_logprob = mutable_data<float>(filtered_logprob);
-  a.rank = mutable_data<int64_t>(rank);
+  a.valid = mutable_data<bool>(valid);
   a.num_kept = mutable_data<int64_t>(num_kept);
-  a.entropy = mutable_data<float>(entropy);
+  a.filtered_logprob = mutable_data<float>(filtered_logprob);
+  a.logprob = wanted_data<float>(logprob, wanted.logprob);
+  a.entropy = wanted_data<float>(entropy, wanted.entropy);
+  a.rank = wanted_data<int64_t>(rank, wanted.rank);
   a.top_ids = mutable_data<int64_t>(top_ids);
   a.top_logprobs = mutable_data<float>(top_logprobs);
+  a.processed = wanted_data<float>(processed, wanted.processed);
+}
+
+template <class T>
+Sample<T> arguments(const Inputs& in, const Outputs& out, const Wanted& wanted) {
+  Sample<T> a = {};
+  a.B = in.logits.size(0);
+  a.V = in.logits.size(1);
+  a.logits = data<T>(in.logits);
+  a.logits_stride = in.logits.stride(0);
+  set_bias(in, a);
+  set_allowed(in.allowed, a);
+  a.prompt_ids = data<int64_t>(in.prompt);
+  a.prompt_length = ids_length("prompt_ids", in.prompt, a.B);
+  a.output_ids = data<int64_t>(in.output);
+  a.output_length = ids_length("output_ids", in.output, a.B);
+  set_rows(in, a);
+  set_outputs(out, wanted, a);
   return a;
 }
 
-Outputs sample_cpu(const Tensor& logits, const OptionalTensor& bias, const OptionalTensor& allowed,
-                   const OptionalTensor& prompt, const OptionalTensor& output, const Tensor& settings,
-                   const Tensor& seeds, const Tensor& positions, int64_t num_logprobs) {
-  const Inputs in = check_inputs(logits, bias, allowed, prompt, output, settings, seeds, positions, num_logprobs);
-  const Outputs out = empty_outputs(logits, logits.size(0), num_logprobs);
-  const Sample a = arguments(in, out, num_logprobs);
-  for (int64_t b = 0; b < settings.size(0); ++b) check_settings(a.settings[b], b);
-  cpu::run(a, torch_parallel());
-  return out;
+// Calls f(T{}) with the storage type of the logits.
+template <class F>
+void for_logits_dtype(const Tensor& logits, const F& f) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(bfloat16{});
+    case ScalarType::Half:
+      return f(float16{});
+    default:
+      fail(kName, "expected logits of dtype float32, bfloat16 or float16, got ",
+           torch::headeronly::toString(logits.scalar_type()));
+  }
+}
+
+void launch_cpu(const Inputs& in, const Outputs& out, const Wanted& wanted) {
+  for_logits_dtype(in.logits, [&](auto type) {
+    const auto a = arguments<decltype(type)>(in, out, wanted);
+    for (int64_t b = 0; b < in.settings.size(0); ++b) check_settings(a.settings[b], b);
+    cpu::run(a, torch_parallel());
+  });
 }
 
 #ifdef LLMKERN_WITH_CUDA
-Outputs sample_cuda(const Tensor& logits, const OptionalTensor& bias, const OptionalTensor& allowed,
-                    const OptionalTensor& prompt, const OptionalTensor& output, const Tensor& settings,
-                    const Tensor& seeds, const Tensor& positions, int64_t num_logprobs) {
-  const OnCuda cuda(logits);
-  const Inputs in = check_inputs(logits, bias, allowed, prompt, output, settings, seeds, positions, num_logprobs);
-  const Outputs out = empty_outputs(logits, logits.size(0), num_logprobs);
-  Sample a = arguments(in, out, num_logprobs);
-  const Tensor workspace = empty(logits, {sample_workspace_bytes(a.B, a.V, num_logprobs)}, ScalarType::Byte);
-  a.workspace = workspace.mutable_data_ptr();
-  a.error = cuda.error();
-  cuda::run(a, cuda.stream());
-  return out;
+void launch_cuda(const OnCuda& cuda, const Inputs& in, const Outputs& out, const Wanted& wanted) {
+  for_logits_dtype(in.logits, [&](auto type) {
+    auto a = arguments<decltype(type)>(in, out, wanted);
+    const Tensor workspace = empty(in.logits, {sample_workspace_bytes(a.B, a.V, a.num_logprobs)}, ScalarType::Byte);
+    a.workspace = workspace.mutable_data_ptr();
+    a.error = cuda.error();
+    cuda::run(a, cuda.stream());
+  });
 }
 #endif
+
+template <bool kOnCuda>
+Outputs sample(const Tensor& logits, const OptionalTensor& bias, const OptionalTensor& bias_ids,
+               const OptionalTensor& bias_values, const OptionalTensor& allowed, const OptionalTensor& prompt_ids,
+               const OptionalTensor& output_ids, const Tensor& settings, const Tensor& seeds,
+               const OptionalTensor& positions, int64_t num_logprobs, bool return_logprob, bool return_entropy,
+               bool return_rank, bool return_processed) {
+  check_sizes(logits, num_logprobs);
+  const Wanted wanted = {num_logprobs, return_logprob, return_entropy, return_rank, return_processed};
+  const Inputs in = {dense_rows(logits), row_major(bias),       row_major(bias_ids),   row_major(bias_values),
+                     row_major(allowed), row_major(prompt_ids), row_major(output_ids), row_major(settings),
+                     row_major(seeds),   row_major(positions)};
+#ifdef LLMKERN_WITH_CUDA
+  if constexpr (kOnCuda) {
+    const OnCuda cuda(logits);
+    const Outputs out = empty_outputs(logits, logits.size(0), logits.size(1), wanted);
+    launch_cuda(cuda, in, out, wanted);
+    return out;
+  }
+#endif
+  const Outputs out = empty_outputs(logits, logits.size(0), logits.size(1), wanted);
+  launch_cpu(in, out, wanted);
+  return out;
+}
 
 }  // namespace
 
 #ifndef LLMKERN_SIMT
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def(
-      "sample(Tensor logits, Tensor? bias, Tensor? allowed, Tensor? prompt_ids, Tensor? output_ids, Tensor settings, "
-      "Tensor seeds, Tensor positions, SymInt num_logprobs) -> (Tensor token, Tensor logprob, Tensor filtered_logprob, "
-      "Tensor rank, Tensor num_kept, Tensor entropy, Tensor top_ids, Tensor top_logprobs)");
+      "sample(Tensor logits, Tensor? bias, Tensor? bias_ids, Tensor? bias_values, Tensor? allowed, Tensor? prompt_ids, "
+      "Tensor? output_ids, Tensor settings, Tensor seeds, Tensor? positions, SymInt num_logprobs, bool return_logprob, "
+      "bool return_entropy, bool return_rank, bool return_processed) -> (Tensor token, Tensor valid, Tensor num_kept, "
+      "Tensor filtered_logprob, Tensor logprob, Tensor entropy, Tensor rank, Tensor top_ids, Tensor top_logprobs, "
+      "Tensor processed)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) { m.impl("sample", TORCH_BOX(&sample_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) { m.impl("sample", TORCH_BOX(&sample<false>)); }
 #endif
 
 #ifdef LLMKERN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) { m.impl("sample", TORCH_BOX(&sample_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) { m.impl("sample", TORCH_BOX(&sample<true>)); }
 #endif
 
 }  // namespace llmkern::ops
