@@ -12,6 +12,7 @@
 #include "kernels/sampling.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "kernels/cuda/deferred.cuh"
 #include "kernels/cuda/sampling_row.cuh"
@@ -57,8 +58,7 @@ struct Kept {
 
 // ---- settings -------------------------------------------------------------------------------------------------------
 
-template <class T>
-__device__ bool check_settings(const Sample<T>& a, int64_t b, const SampleSettings& s) {
+__device__ bool check_settings(const AnySample& a, int64_t b, const SampleSettings& s) {
   const int column = wrong_setting(s);
   if (column < 0) return true;
   if (threadIdx.x == 0) {
@@ -75,8 +75,7 @@ struct Plan {
   bool sums;   // over all tokens
 };
 
-template <class T>
-__device__ Plan plan_of(const Sample<T>& a, const SampleSettings& s, const Row& row) {
+__device__ Plan plan_of(const AnySample& a, const SampleSettings& s, const Row& row) {
   const double wanted = is_greedy(s) ? 1 : s.top_k;
   const int k = wanted < row.num_live ? static_cast<int>(wanted) : 0;
   // The first token alone needs no list: the other filters keep it.
@@ -147,7 +146,7 @@ __device__ uint64_t typical_key(const Row& row, double mean, int v, float y) {
   return order_key(0.0f - static_cast<float>(fabs(information - mean)), 0.0f, v);
 }
 
-// Of a token that is not -inf, y its own.
+// y is that of the token. Of tokens that are -inf it says nothing.
 __device__ bool keeps(const Row& row, const Kept& kept, int v, float y) {
   return order_key(y, row.maximum, v) <= kept.last && (kept.least_mass == 0 || mass_of(row, y) >= kept.least_mass) &&
          (kept.last_typical == kLastKey || typical_key(row, kept.mean, v, y) <= kept.last_typical);
@@ -271,8 +270,8 @@ __device__ int64_t rank_of(const Row& row, bool is_listed, int token) {
 }
 
 // The first num_logprobs of the order. `room` is for a power of two of them.
-template <int kThreads, class T>
-__device__ void write_top(const Sample<T>& a, int64_t b, const Row& row, double temperature, double log_total,
+template <int kThreads>
+__device__ void write_top(const AnySample& a, int64_t b, const Row& row, double temperature, double log_total,
                           uint64_t* room, Shared<kThreads>& shared) {
   const int n = static_cast<int>(min(a.num_logprobs, static_cast<int64_t>(row.num_live)));
   const uint64_t last = n < row.num_live ? last_of_first(row, n, shared) : kLastKey;
@@ -294,19 +293,17 @@ __device__ void write_top(const Sample<T>& a, int64_t b, const Row& row, double 
   }
 }
 
-template <class T>
-__device__ void write_processed(const Sample<T>& a, int64_t b, const Row& row, double temperature, const Kept& kept) {
+__device__ void write_processed(const AnySample& a, int64_t b, const Row& row, double temperature, const Kept& kept) {
   float* processed = a.processed + b * a.V;
   const int end = min(row.end, row.V);
   for_each_token(row, [&](int v, float y) {
     if (v >= end) return;
-    const bool passes = y > -INFINITY && keeps(row, kept, v, y);
-    processed[v] = passes ? static_cast<float>(y / temperature) : -INFINITY;
+    processed[v] = keeps(row, kept, v, y) ? static_cast<float>(y / temperature) : -INFINITY;
   });
 }
 
-template <int kThreads, class T>
-__device__ void write_invalid(const Sample<T>& a, int64_t b) {
+template <int kThreads>
+__device__ void write_invalid(const AnySample& a, int64_t b) {
   if (threadIdx.x == 0) {
     a.token[b] = -1;
     a.valid[b] = false;
@@ -325,8 +322,7 @@ __device__ void write_invalid(const Sample<T>& a, int64_t b) {
 }
 
 // By one thread. log_total and `all` are there where the plan has sums.
-template <class T>
-__device__ void write_drawn(const Sample<T>& a, int64_t b, const Row& row, double temperature, const Draw& drawn,
+__device__ void write_drawn(const AnySample& a, int64_t b, const Row& row, double temperature, const Draw& drawn,
                             double log_total, const Sums& all) {
   const double scaled = static_cast<double>(row.y[drawn.token] - row.maximum) / temperature;
   a.token[b] = drawn.token;
@@ -339,8 +335,7 @@ __device__ void write_drawn(const Sample<T>& a, int64_t b, const Row& row, doubl
   a.entropy[b] = static_cast<float>(log_total + kLn2 * bits);
 }
 
-template <class T>
-__device__ uint64_t* sort_room(const Sample<T>& a, int64_t b) {
+__device__ uint64_t* sort_room(const AnySample& a, int64_t b) {
   const int64_t whole = (a.V + kGroup - 1) / kGroup * kGroup;
   int64_t sorted = 1;
   while (sorted < a.num_logprobs) sorted *= 2;
@@ -350,8 +345,8 @@ __device__ uint64_t* sort_room(const Sample<T>& a, int64_t b) {
 
 // Everything behind the first two passes: the row is described, and where the plan has sums, shared.range_mass filled
 // and `all` the sums of all tokens.
-template <int kThreads, class T>
-__device__ void finish_row(const Sample<T>& a, const SampleSettings& s, int64_t b, Row row, const Plan& plan,
+template <int kThreads>
+__device__ void finish_row(const AnySample& a, const SampleSettings& s, int64_t b, Row row, const Plan& plan,
                            const Sums& all, int tokens_of_range, float maximum_of_thread, Shared<kThreads>& shared) {
   const int num_top = static_cast<int>(min(a.num_logprobs, static_cast<int64_t>(row.num_live)));
   if (plan.lists || num_top > 0) {
@@ -385,8 +380,8 @@ __device__ void finish_row(const Sample<T>& a, const SampleSettings& s, int64_t 
 
 // ---- one block a row ------------------------------------------------------------------------------------------------
 
-template <int kThreads, class T>
-__device__ void sample_row(const Sample<T>& a, int64_t b, const uint32_t* powers, Shared<kThreads>& shared) {
+template <int kThreads>
+__device__ void sample_row(const AnySample& a, int64_t b, const uint32_t* powers, Shared<kThreads>& shared) {
   const SampleSettings& s = a.settings[b * a.settings_stride];
   if (!check_settings(a, b, s)) return write_invalid<kThreads>(a, b);
   Row row = row_at<kThreads>(a, b, 0, 1);
@@ -404,8 +399,8 @@ __device__ void sample_row(const Sample<T>& a, int64_t b, const uint32_t* powers
   finish_row(a, s, b, row, plan, all, tokens_of_range, seen.maximum, shared);
 }
 
-template <int kThreads, class T>
-__global__ void __launch_bounds__(kThreads, 1) sample_rows(Sample<T> a) {
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads, 1) sample_rows(AnySample a) {
   __shared__ Shared<kThreads> shared;
   const uint32_t* powers = powers_of_block();
   for (int64_t b = blockIdx.x; b < a.B; b += gridDim.x) {
@@ -416,21 +411,21 @@ __global__ void __launch_bounds__(kThreads, 1) sample_rows(Sample<T> a) {
 
 // ---- several blocks a row -------------------------------------------------------------------------------------------
 
-template <int kThreads, class T>
-__device__ SliceResult<kThreads>& result_of(const Sample<T>& a, const Row& row, int slice, int slices) {
+template <int kThreads>
+__device__ SliceResult<kThreads>& result_of(const AnySample& a, const Row& row, int slice, int slices) {
   return *reinterpret_cast<SliceResult<kThreads>*>(row.list + slice * tokens_of_slice(a.V, slices));
 }
 
 // What all blocks of the row saw, in every thread.
-template <int kThreads, class T>
-__device__ Found found_by_all(const Sample<T>& a, const Row& row, int slices) {
+template <int kThreads>
+__device__ Found found_by_all(const AnySample& a, const Row& row, int slices) {
   Found found;
   for (int slice = 0; slice < slices; ++slice) found.add(result_of<kThreads>(a, row, slice, slices).found);
   return found;
 }
 
-template <int kThreads, class T>
-__global__ void __launch_bounds__(kThreads) fill_slices(Sample<T> a, int slices) {
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) fill_slices(AnySample a, int slices) {
   for (int64_t i = blockIdx.x; i < a.B * slices; i += gridDim.x) {
     const int64_t b = i / slices;
     const int slice = static_cast<int>(i % slices);
@@ -445,8 +440,8 @@ __global__ void __launch_bounds__(kThreads) fill_slices(Sample<T> a, int slices)
   }
 }
 
-template <int kThreads, class T>
-__global__ void __launch_bounds__(kThreads) sum_slices(Sample<T> a, int slices) {
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) sum_slices(AnySample a, int slices) {
   const uint32_t* powers = powers_of_block();
   for (int64_t i = blockIdx.x; i < a.B * slices; i += gridDim.x) {
     const int64_t b = i / slices;
@@ -461,8 +456,8 @@ __global__ void __launch_bounds__(kThreads) sum_slices(Sample<T> a, int slices) 
   }
 }
 
-template <int kThreads, class T>
-__device__ void finish_slices(const Sample<T>& a, int64_t b, int slices, const uint32_t* powers,
+template <int kThreads>
+__device__ void finish_slices(const AnySample& a, int64_t b, int slices, const uint32_t* powers,
                               Shared<kThreads>& shared) {
   const SampleSettings& s = a.settings[b * a.settings_stride];
   if (!check_settings(a, b, s)) return write_invalid<kThreads>(a, b);
@@ -483,8 +478,8 @@ __device__ void finish_slices(const Sample<T>& a, int64_t b, int slices, const u
   finish_row(a, s, b, row, plan, all, tokens_of_slice(a.V, slices), maximum_of_thread, shared);
 }
 
-template <int kThreads, class T>
-__global__ void __launch_bounds__(kThreads, 1) finish_rows(Sample<T> a, int slices) {
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads, 1) finish_rows(AnySample a, int slices) {
   __shared__ Shared<kThreads> shared;
   const uint32_t* powers = powers_of_block();
   for (int64_t b = blockIdx.x; b < a.B; b += gridDim.x) {
@@ -502,28 +497,39 @@ int slices_of_row(int64_t B, int64_t V) {
   return static_cast<int>(std::max<int64_t>(std::min(wanted, most), 1));
 }
 
-template <class T>
-void execute(const Sample<T>& a, void* stream) {
+void execute(const AnySample& a, void* stream) {
   if (a.B == 0) return;
   const unsigned rows = grid_size(a.B, kMostBlocks);
   if (a.V <= kSmallVocabulary) {
-    return launch("sample", sample_rows<kSmallBlock, T>, {.grid = rows, .block = kSmallBlock}, stream, a);
+    return launch("sample", sample_rows<kSmallBlock>, {.grid = rows, .block = kSmallBlock}, stream, a);
   }
   const int slices = slices_of_row(a.B, a.V);
   if (slices == 1) {
-    return launch("sample", sample_rows<kLargeBlock, T>, {.grid = rows, .block = kLargeBlock}, stream, a);
+    return launch("sample", sample_rows<kLargeBlock>, {.grid = rows, .block = kLargeBlock}, stream, a);
   }
   const LaunchShape sliced = {.grid = grid_size(a.B * slices, kMostBlocks), .block = kLargeBlock};
-  launch("sample", fill_slices<kLargeBlock, T>, sliced, stream, a, slices);
-  launch("sample", sum_slices<kLargeBlock, T>, sliced, stream, a, slices);
-  launch("sample", finish_rows<kLargeBlock, T>, {.grid = rows, .block = kLargeBlock}, stream, a, slices);
+  launch("sample", fill_slices<kLargeBlock>, sliced, stream, a, slices);
+  launch("sample", sum_slices<kLargeBlock>, sliced, stream, a, slices);
+  launch("sample", finish_rows<kLargeBlock>, {.grid = rows, .block = kLargeBlock}, stream, a, slices);
+}
+
+template <class T>
+constexpr Storage kStorage = Storage::kFloat;
+template <>
+constexpr Storage kStorage<bfloat16> = Storage::kBfloat16;
+template <>
+constexpr Storage kStorage<float16> = Storage::kFloat16;
+
+template <class T>
+AnySample any(const Sample<T>& a) {
+  return {std::bit_cast<Sample<void>>(a), kStorage<T>};  // they differ in what a pointer points to
 }
 
 }  // namespace
 
 template <class Args>
 void run(const Args& args, void* stream) {
-  execute(args, stream);
+  execute(any(args), stream);
 }
 
 template void run(const Sample<float>&, void*);

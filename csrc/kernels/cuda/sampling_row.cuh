@@ -17,6 +17,13 @@ constexpr int kBatch = 4;              // loads in flight
 constexpr int kStep = kWarp * kGroup;  // tokens a load of a warp
 constexpr int kSliceUnit = 32;         // tokens: slices begin on a cache line
 
+// What the logits are stored in. Their loads alone depend on it, so the kernels are there once for all types.
+enum class Storage { kFloat, kBfloat16, kFloat16 };
+
+struct AnySample : Sample<void> {
+  Storage storage;
+};
+
 // One row at work, or a slice of it.
 struct Row {
   float* y;   // [V], then -inf up to a whole group
@@ -80,8 +87,8 @@ __host__ __device__ constexpr int tokens_of_slice(int64_t V, int slices) {
   return static_cast<int>(ceil_div(ceil_div(V, slices), kSliceUnit) * kSliceUnit);
 }
 
-template <int kThreads, class T>
-__device__ Row row_at(const Sample<T>& a, int64_t b, int slice, int slices) {
+template <int kThreads>
+__device__ Row row_at(const AnySample& a, int64_t b, int slice, int slices) {
   const int V = static_cast<int>(a.V), whole = (V + kGroup - 1) / kGroup * kGroup;
   const int tokens = tokens_of_slice(V, slices), share = share_of_warp<kThreads>(tokens);
   const int first = slice * tokens, end = min(first + tokens, whole), begin = first + warp_index() * share;
@@ -150,24 +157,22 @@ struct Allowed {
   }
 };
 
-template <class T>
-__device__ Allowed allowed_in_row(const Sample<T>& a, int64_t b) {
+__device__ inline Allowed allowed_in_row(const AnySample& a, int64_t b) {
   const int64_t bytes = a.allowed_kind == AllowedKind::kBits ? sizeof(uint32_t) : sizeof(bool);
   const char* row = static_cast<const char*>(a.allowed) + b * a.allowed_stride * bytes;
   return {row, a.allowed_kind, is_aligned<Pack<bool, kGroup>>(row)};
 }
 
 // What is not done while the logits are loaded, but in further passes.
-template <class T>
-__device__ bool changes_later(const Sample<T>& a, const SampleSettings& s) {
+__device__ inline bool changes_later(const AnySample& a, const SampleSettings& s) {
   return a.num_bias_ids > 0 || penalises(a, s);
 }
 
 // Logits, bias and mask of the warp's share, and clears the occurrences where they will be counted. If nothing changes
 // later, bounds y and says what it saw.
 template <class T>
-__device__ Seen load_logits(const Sample<T>& a, const SampleSettings& s, int64_t b, const Row& row) {
-  const T* logits = a.logits + b * a.logits_stride;
+__device__ Seen load_logits(const AnySample& a, const SampleSettings& s, int64_t b, const Row& row) {
+  const T* logits = static_cast<const T*>(a.logits) + b * a.logits_stride;
   const float* bias = a.bias == nullptr ? nullptr : a.bias + b * a.bias_stride;
   const Allowed allowed = allowed_in_row(a, b);
   using Floats = Pack<float, kGroup>;
@@ -201,9 +206,20 @@ __device__ Seen load_logits(const Sample<T>& a, const SampleSettings& s, int64_t
   return seen;
 }
 
+__device__ inline Seen load_logits(const AnySample& a, const SampleSettings& s, int64_t b, const Row& row) {
+  switch (a.storage) {
+    case Storage::kFloat:
+      return load_logits<float>(a, s, b, row);
+    case Storage::kBfloat16:
+      return load_logits<bfloat16>(a, s, b, row);
+    default:
+      return load_logits<float16>(a, s, b, row);
+  }
+}
+
 // The ids of a row differ, so that every y has one thread that changes it.
-template <int kThreads, class T>
-__device__ void add_sparse_bias(const Sample<T>& a, int64_t b, const Row& row) {
+template <int kThreads>
+__device__ void add_sparse_bias(const AnySample& a, int64_t b, const Row& row) {
   const Allowed allowed = allowed_in_row(a, b);
   const int64_t* ids = a.bias_ids + b * a.bias_ids_stride;
   const float* values = a.bias_values + b * a.bias_ids_stride;
@@ -224,9 +240,10 @@ __device__ void for_each_id(const int64_t* ids, int64_t length, int64_t b, const
   }
 }
 
-// Two passes over the ids, none over the vocabulary: count, and whoever takes the count away applies it.
-template <int kThreads, class T>
-__device__ void penalise(const Sample<T>& a, const SampleSettings& s, int64_t b, const Row& row) {
+// Two passes over the ids, none over the vocabulary: count, and whoever takes the count away applies it. What was done
+// to y before is seen behind the barrier.
+template <int kThreads>
+__device__ void penalise(const AnySample& a, const SampleSettings& s, int64_t b, const Row& row) {
   constexpr int kTaken = -1;
   int* occurrences = row.list;
   const auto count = [&](int v) { atomicAdd(&occurrences[v], 1); };
@@ -241,13 +258,12 @@ __device__ void penalise(const Sample<T>& a, const SampleSettings& s, int64_t b,
 }
 
 // Fills the slice's y; what this thread saw of it.
-template <int kThreads, class T>
-__device__ Seen fill(const Sample<T>& a, const SampleSettings& s, int64_t b, const Row& row) {
+template <int kThreads>
+__device__ Seen fill(const AnySample& a, const SampleSettings& s, int64_t b, const Row& row) {
   Seen seen = load_logits(a, s, b, row);
   if (!changes_later(a, s)) return seen;
   __syncthreads();
   if (a.num_bias_ids > 0) add_sparse_bias<kThreads>(a, b, row);
-  __syncthreads();
   if (penalises(a, s)) penalise<kThreads>(a, s, b, row);
   __syncthreads();
   for_each_token(row, [&](int v, float y) {
