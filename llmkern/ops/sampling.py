@@ -32,10 +32,11 @@ class SampleOutput(NamedTuple):
     """float32, in nats, before the filters; None unless ``return_entropy``."""
     rank: Tensor | None
     """int64: how many tokens are more likely, or as likely with a lower id; None unless ``return_rank``."""
-    top_ids: Tensor
-    """int64 [B, num_logprobs]: the most likely tokens, the first n of the order; -1 beyond the last allowed one."""
-    top_logprobs: Tensor
-    """float32 [B, num_logprobs]: their log-probabilities before the filters."""
+    top_ids: Tensor | None
+    """int64 [B, num_logprobs]: the most likely tokens, the first n of the order; -1 beyond the last allowed one. None
+    where num_logprobs is 0."""
+    top_logprobs: Tensor | None
+    """float32 [B, num_logprobs]: their log-probabilities before the filters, or None."""
 
 
 def sample(
@@ -128,7 +129,7 @@ def sample(
     batched = logits.dim() == 2
     device = rows.device
     seed_per_row = isinstance(seed, Tensor) and seed.dim() == 1
-    *out, _ = torch.ops.llmkern.sample.default(
+    out = torch.ops.llmkern.sample.default(
         rows,
         *arguments.bias(logit_bias, B, V, device),
         arguments.mask(allowed, B, V, device),
@@ -143,15 +144,21 @@ def sample(
         return_rank,
         False,
     )
-    out[4:7] = [
-        tensor if wanted else None
-        for tensor, wanted in zip(
-            out[4:7], (return_logprob, return_entropy, return_rank), strict=True
-        )
-    ]
     if not batched:
-        out = [tensor if tensor is None else tensor.squeeze(0) for tensor in out]
-    return SampleOutput(*out)
+        out = [tensor.squeeze(0) for tensor in out]
+    token, valid, num_kept, filtered_logprob, *rest = out
+    asked = iter(rest)
+    return SampleOutput(
+        token,
+        valid,
+        num_kept,
+        filtered_logprob,
+        next(asked) if return_logprob else None,
+        next(asked) if return_entropy else None,
+        next(asked) if return_rank else None,
+        next(asked) if num_logprobs else None,
+        next(asked) if num_logprobs else None,
+    )
 
 
 def filter_logits(
@@ -200,7 +207,7 @@ def filter_logits(
     )
     batched = logits.dim() == 2
     device = rows.device
-    *_, processed = torch.ops.llmkern.sample.default(
+    processed = torch.ops.llmkern.sample.default(
         rows,
         *arguments.bias(logit_bias, B, V, device),
         arguments.mask(allowed, B, V, device),
@@ -214,7 +221,7 @@ def filter_logits(
         False,
         False,
         True,
-    )
+    )[-1]
     return processed if batched else processed.squeeze(0)
 
 
@@ -230,7 +237,7 @@ def _rows(logits: Tensor) -> Tensor:
         raise ValueError(
             f"llmkern.sample: expected logits of 1 to {2**23 - 1} tokens, got shape {list(logits.shape)}"
         )
-    rows = logits.detach()
+    rows = logits.detach() if logits.requires_grad else logits
     if rows.dtype == torch.float64:
         rows = rows.float()
     return rows if rows.dim() == 2 else rows.unsqueeze(0)
@@ -253,7 +260,7 @@ def _sample_fake(
     return_entropy: bool,
     return_rank: bool,
     return_processed: bool,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     B, V = logits.shape
     n = num_logprobs
 
@@ -263,15 +270,15 @@ def _sample_fake(
     def values(*shape: int) -> Tensor:
         return logits.new_empty(shape, dtype=torch.float32)
 
-    return (
-        ids(B),
-        logits.new_empty((B,), dtype=torch.bool),
-        ids(B),
-        values(B),
-        values(B if return_logprob else 0),
-        values(B if return_entropy else 0),
-        ids(B if return_rank else 0),
-        ids(B, n),
-        values(B, n),
-        values(B if return_processed else 0, V),
-    )
+    out = [ids(B), logits.new_empty((B,), dtype=torch.bool), ids(B), values(B)]
+    if return_logprob:
+        out.append(values(B))
+    if return_entropy:
+        out.append(values(B))
+    if return_rank:
+        out.append(ids(B))
+    if num_logprobs:
+        out += [ids(B, n), values(B, n)]
+    if return_processed:
+        out.append(values(B, V))
+    return out

@@ -43,22 +43,26 @@ struct NucleusWork {
   const float* mass;     // [V], rounded or not
   uint64_t* block_mass;  // [blocks], of the nucleus: out
   Candidate *candidates, *work;
+  int64_t logits_element;  // bytes
 };
 
 // Every stride-th vector of the row.
 inline int64_t sampling_stride(int64_t V) {
-  constexpr int64_t kEnough = 2048, kMost = 8;
+  constexpr int64_t kEnough = 2048, kMost = 16;
   const int64_t stride = V / kEnough;
   return stride < 1 ? 1 : stride > kMost ? kMost : stride;
 }
 
-void count_by_mass(const Row& row, int64_t stride, int32_t (&count)[kMassBins]) {
+// Four counts of every bin side by side, so that equal tokens one after the other need not wait for each other.
+using BinCounts = int32_t[kMassBins][4];
+
+void count_by_mass(const Row& row, int64_t stride, BinCounts& count) {
   constexpr int64_t n = kLanes<float>;
   const Weigher weigher = row.weigher();
   for (int64_t i = 0; i + n <= row.V; i += n * stride) {
     int32_t bins[n];
     store(bins, weigher.bin(load(row.y + i)));
-    for (int64_t lane = 0; lane < n; ++lane) ++count[bins[lane]];
+    for (int64_t lane = 0; lane < n; ++lane) ++count[bins[lane]][lane % 4];
   }
 }
 
@@ -66,20 +70,22 @@ void count_by_mass(const Row& row, int64_t stride, int32_t (&count)[kMassBins]) 
 Bracket guess(const Row& row, uint64_t outside) {
   constexpr double kDeviations = 2, kFew = 512;
   const int64_t stride = sampling_stride(row.V);
-  int32_t count[kMassBins] = {};
+  BinCounts count = {};
   count_by_mass(row, stride, count);
   const double allowed = static_cast<double>(outside), weight = static_cast<double>(stride);
   double tail = 0, variance = 0, above = static_cast<double>(row.V);
   int low = 0, high = kMassBins;
   for (int bin = 0; bin < kMassBins && high == kMassBins; ++bin) {
-    const double mass = static_cast<double>(bin_mass(bin)), tokens = weight * count[bin];
+    const double mass = static_cast<double>(bin_mass(bin)),
+                 tokens = weight * (count[bin][0] + count[bin][1] + count[bin][2] + count[bin][3]);
     tail += tokens * mass;
     variance += tokens * (weight - 1) * mass * mass;
-    const double slack = kDeviations * std::sqrt(variance);
-    if (tail + slack <= allowed) {
+    const double left = allowed - tail;
+    const bool sure = left * left >= kDeviations * kDeviations * variance;
+    if (sure && left >= 0) {
       low = bin + 1;
       above -= tokens;
-    } else if (tail - slack > allowed) {
+    } else if (sure) {
       high = bin + 1;
     }
   }
@@ -105,19 +111,23 @@ Pass pass_over(const Row& row, const Bracket& bracket, const NucleusWork& w) {
     ExactSum sum;
     uint32_t count = 0;
     for_block(row.y, begin, row.block_end(block), [&](int64_t i, FloatVec y) {
+      prefetch_next(row, i, w.logits_element);
       const LaneMask above = at_least(y, high);
       const uint32_t above_bits = lane_bits(above);
       sum.add(zero_unless(above, load(w.mass + i)));
       count += static_cast<uint32_t>(__builtin_popcount(above_bits));
-      around.bits[(i - begin) / kLanes<float>] = static_cast<uint16_t>(lane_bits(at_least(y, low)) & ~above_bits);
+      around.set(i - begin, lane_bits(at_least(y, low)) & ~above_bits);
     });
     w.block_mass[block] = sum.total();
     pass.mass_above += w.block_mass[block];
     pass.count_above += count;
-    around.for_each(begin, [&](int64_t token) {
-      const uint64_t mass = round_to_integer(w.mass[token]);
-      w.candidates[pass.num_candidates++] = {row.y[token] + 0.0f, static_cast<int32_t>(token), mass};
-    });
+    int32_t places[kBlock + BlockBits::kSpare];
+    const int64_t found = around.list(places);
+    for (int64_t i = 0; i < found; ++i) {
+      const int64_t token = begin + places[i];
+      w.candidates[pass.num_candidates++] = {row.y[token] + 0.0f, static_cast<int32_t>(token),
+                                             round_to_integer(w.mass[token])};
+    }
   }
   return pass;
 }
@@ -145,12 +155,12 @@ Nucleus find_nucleus(const Row& row, uint64_t needed, uint64_t total, const Nucl
   Nucleus found = {{}, pass.count_above, pass.mass_above};
   found.prefix = shortest_prefix(w.candidates, pass.num_candidates, needed - pass.mass_above, w.work,
                                  [](const Candidate& c) { return c; });
-  for (int64_t i = 0; i < pass.num_candidates; ++i) {
+  for (int64_t i = 0; i < pass.num_candidates; ++i) {  // no branch: which are kept is as good as random
     const Candidate& c = w.candidates[i];
-    if (!found.prefix.keeps(c)) continue;
-    w.block_mass[c.id / kBlock] += c.mass;
-    found.mass += c.mass;
-    ++found.count;
+    const uint64_t kept = found.prefix.keeps(c), mass = kept * c.mass;
+    w.block_mass[static_cast<uint32_t>(c.id) / kBlock] += mass;
+    found.mass += mass;
+    found.count += static_cast<int64_t>(kept);
   }
   return found;
 }

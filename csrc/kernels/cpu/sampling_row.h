@@ -61,6 +61,7 @@ class RowSampler {
     row_.block_maxima = w_.block_maxima;
     row_.temperature = effective_temperature(s_);
     row_.scale = falloff(row_.temperature);
+    row_.next = reinterpret_cast<const char*>(a_.logits + (b_ + (b_ + 1 < a_.B)) * a_.logits_stride);
   }
 
   // Every worker of the team comes here, with blocks of its own.
@@ -229,6 +230,7 @@ class RowSampler {
         const FloatVec mass = weigher.mass(y);
         sum.add(mass);
         if constexpr (kStores) store(w_.mass + i, mass);
+        if constexpr (!kStores) prefetch_next(row_, i, sizeof(T));  // else when the masses are read again
         if constexpr (kWeighs) weighted.add(weigher.weighted(mass, y));
       });
       w_.block_mass[block] = sum.total();
@@ -309,8 +311,8 @@ class RowSampler {
     } else if (s_.min_p > 0) {
       n = list_min_p();
     } else if (s_.top_p < 1) {
-      const Nucleus nucleus =
-          find_nucleus(row_, fraction_of_mass(s_.top_p, total_), total_, {w_.mass, w_.block_mass, w_.kept, w_.work});
+      const Nucleus nucleus = find_nucleus(row_, fraction_of_mass(s_.top_p, total_), total_,
+                                           {w_.mass, w_.block_mass, w_.kept, w_.work, sizeof(T)});
       if (s_.typical_p == 1) return {Kept::kNucleus, nucleus.count, nucleus.mass, nucleus.prefix};
       n = list_prefix(nucleus.prefix);
     } else if (s_.typical_p < 1) {

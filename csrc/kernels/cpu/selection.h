@@ -54,11 +54,18 @@ struct Row {
   int64_t num_live;              // tokens that are not -inf
   double temperature;
   Falloff scale;
+  const char* next;  // where the logits of the row lie that this worker reads next: asked for while this one is summed
 
   int64_t blocks() const { return (V + kBlock - 1) / kBlock; }
   int64_t block_end(int64_t block) const { return (block + 1) * kBlock < V ? (block + 1) * kBlock : V; }
   Weigher weigher() const { return Weigher(maximum, scale); }
 };
+
+// Tokens i to i + kLanes of the row after this one, which are of `element` bytes each. To the second level: the first
+// has no room for them. (Always inlined: a function that only prefetches counts as one without effects.)
+[[gnu::always_inline]] inline void prefetch_next(const Row& row, int64_t i, int64_t element) {
+  __builtin_prefetch(row.next + i * element, 0, 2);
+}
 
 inline bool block_reaches(const Row& row, int64_t block, float bound) {
   return lane_bits(at_least(row.block_maxima[block], broadcast(bound))) != 0;
@@ -78,19 +85,34 @@ void for_block(const float* y, int64_t begin, int64_t end, const F& f) {
 
 // Which tokens of a block, a bit each: those of vector j in bits[j].
 struct BlockBits {
+  static constexpr int kSpare = 4;
   alignas(64) uint16_t bits[kBlock / kLanes<float>] = {};
 
-  // f(token) on every one, ascending.
-  template <class F>
-  void for_each(int64_t begin, const F& f) const {
-    constexpr int64_t kVectors = 4;  // of one word; little-endian, as every machine that builds this
+  void set(int64_t offset, uint32_t lanes) {
+    bits[static_cast<uint64_t>(offset) / kLanes<float>] = static_cast<uint16_t>(lanes);
+  }
+
+  // Their places in the block, ascending. The number of them.
+  //
+  // How many there are in a word is as good as random. So a few are written whether they are there or not, and only
+  // what is beyond them costs a branch.
+  int64_t list(int32_t (&places)[kBlock + kSpare]) const {
+    constexpr size_t kVectors = sizeof(uint64_t) / sizeof *bits;  // little-endian, as every machine that builds this
+    int64_t size = 0;
     for (size_t j = 0; j < sizeof bits / sizeof *bits; j += kVectors) {
       uint64_t word;
-      for (memcpy(&word, bits + j, sizeof word); word != 0; word &= word - 1) {
-        const int64_t bit = __builtin_ctzll(word);
-        f(begin + (static_cast<int64_t>(j) + bit / 16) * kLanes<float> + bit % 16);
-      }
+      memcpy(&word, bits + j, sizeof word);
+      const int count = __builtin_popcountll(word);
+      const auto next = [&] {
+        const int bit = __builtin_ctzll(word | uint64_t{1} << 63);
+        word &= word - 1;
+        return (static_cast<int32_t>(j) + bit / 16) * kLanes<float> + bit % 16;
+      };
+      for (int i = 0; i < kSpare; ++i) places[size + i] = next();
+      for (int i = kSpare; i < count; ++i) places[size + i] = next();
+      size += count;
     }
+    return size;
   }
 };
 
@@ -131,10 +153,11 @@ int64_t gather(const Row& row, float bound, Candidate* out) {
     if (!block_reaches(row, block, bound)) continue;
     BlockBits hits;
     const int64_t begin = block * kBlock;
-    for_block(row.y, begin, row.block_end(block), [&](int64_t i, FloatVec y) {
-      hits.bits[(i - begin) / kLanes<float>] = static_cast<uint16_t>(lane_bits(at_least(y, least)));
-    });
-    hits.for_each(begin, [&](int64_t token) { out[size++] = candidate(row, token); });
+    for_block(row.y, begin, row.block_end(block),
+              [&](int64_t i, FloatVec y) { hits.set(i - begin, lane_bits(at_least(y, least))); });
+    int32_t places[kBlock + BlockBits::kSpare];
+    const int64_t found = hits.list(places);
+    for (int64_t i = 0; i < found; ++i) out[size++] = candidate(row, begin + places[i]);
   }
   return size;
 }
@@ -201,16 +224,23 @@ inline Candidate counted(const Candidate& c) { return {c.value, c.id, 1}; }
 
 constexpr float kLeastLive = -FLT_MAX;  // what every token but -inf reaches
 
-// A value that at least k tokens reach: the k-th largest of the maxima of disjoint groups, the lanes of the blocks; or
-// kLeastLive when there are too few of them to tell. `work` [V].
+// A value that at least k tokens reach: the k-th largest of the maxima of disjoint groups, which are lanes of some
+// blocks; or kLeastLive when there are too few of them to tell. `work` [V].
+//
+// Four groups a wanted token: a good bound is a little below the k-th token, and more groups take longer.
 float reached_by(const Row& row, int64_t k, Candidate* work) {
-  const int64_t groups = row.blocks() * kLanes<float>;
-  if (groups < 2 * k) return kLeastLive;
+  constexpr int64_t n = kLanes<float>;
+  if (row.blocks() * n < 2 * k) return kLeastLive;
+  const int64_t wanted = (4 * k + n - 1) / n, vectors = wanted < row.blocks() ? wanted : row.blocks();
   int64_t live = 0;
-  for (int64_t block = 0; block < row.blocks(); ++block) {
-    for (int lane = 0; lane < kLanes<float>; ++lane) {
-      work[live] = {row.block_maxima[block][lane] + 0.0f, static_cast<int32_t>(live), 1};
-      live += row.block_maxima[block][lane] > -INFINITY;
+  for (int64_t first = 0; first < vectors; ++first) {
+    FloatVec high = row.block_maxima[first];
+    for (int64_t block = first + vectors; block < row.blocks(); block += vectors) {
+      high = max(row.block_maxima[block], high);
+    }
+    for (int lane = 0; lane < n; ++lane) {
+      work[live] = {high[lane] + 0.0f, static_cast<int32_t>(live), 1};
+      live += high[lane] > -INFINITY;
     }
   }
   return live < k ? kLeastLive : shortest_prefix(work, live, static_cast<uint64_t>(k), work, counted).value;
