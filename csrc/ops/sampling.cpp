@@ -2,7 +2,8 @@
 // torch.ops.llmkern.sample: schema, checks, allocation, launch. The math is in kernels/sampling.h.
 #include "kernels/sampling.h"
 
-#include <tuple>
+#include <type_traits>
+#include <vector>
 
 #include "ops/cuda.h"
 #include "ops/tensors.h"
@@ -13,9 +14,9 @@ namespace {
 
 constexpr const char* kName = "sample";
 
-// token, valid, num_kept, filtered_logprob, logprob, entropy, rank, top_ids, top_logprobs, processed; what nobody asked
-// for has no elements.
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// token, valid, num_kept, filtered_logprob and, of logprob, entropy, rank, top_ids, top_logprobs, processed, what was
+// asked for. A list, because every tensor costs as much as the draw from a small vocabulary.
+using Outputs = std::vector<Tensor>;
 
 void check_settings(const SampleSettings& s, int64_t row) {
   const int column = wrong_setting(s);
@@ -82,28 +83,6 @@ struct Wanted {
   bool logprob, entropy, rank, processed;
 };
 
-Outputs empty_outputs(const Tensor& like, int64_t B, int64_t V, const Wanted& wanted) {
-  const auto make = [&](std::initializer_list<int64_t> shape, ScalarType dtype) { return empty(like, shape, dtype); };
-  constexpr ScalarType kId = ScalarType::Long, kValue = ScalarType::Float;
-  const int64_t n = wanted.num_logprobs;
-  return {make({B}, kId),
-          make({B}, ScalarType::Bool),
-          make({B}, kId),
-          make({B}, kValue),
-          make({wanted.logprob ? B : 0}, kValue),
-          make({wanted.entropy ? B : 0}, kValue),
-          make({wanted.rank ? B : 0}, kId),
-          make({B, n}, kId),
-          make({B, n}, kValue),
-          make({wanted.processed ? B : 0, V}, kValue)};
-}
-
-// The output's memory, or null where nobody asked for it.
-template <class T>
-T* wanted_data(const Tensor& output, bool wanted) {
-  return wanted ? mutable_data<T>(output) : nullptr;
-}
-
 template <class T>
 void set_bias(const Inputs& in, Sample<T>& a) {
   if (in.bias.has_value()) {
@@ -149,25 +128,31 @@ void set_rows(const Inputs& in, Sample<T>& a) {
   a.position_stride = row_stride("positions", *in.positions, a.B);
 }
 
+// Makes the outputs, and has the kernel write there.
 template <class T>
-void set_outputs(const Outputs& out, const Wanted& wanted, Sample<T>& a) {
-  const auto& [token, valid, num_kept, filtered_logprob, logprob, entropy, rank, top_ids, top_logprobs, processed] =
-      out;
+Outputs make_outputs(const Tensor& like, const Wanted& wanted, Sample<T>& a) {
+  Outputs out;
+  const auto make = [&](auto*& pointer, std::initializer_list<int64_t> shape, ScalarType dtype) {
+    out.push_back(empty(like, shape, dtype));
+    pointer = mutable_data<std::remove_pointer_t<std::remove_reference_t<decltype(pointer)>>>(out.back());
+  };
+  constexpr ScalarType kId = ScalarType::Long, kValue = ScalarType::Float;
+  make(a.token, {a.B}, kId);
+  make(a.valid, {a.B}, ScalarType::Bool);
+  make(a.num_kept, {a.B}, kId);
+  make(a.filtered_logprob, {a.B}, kValue);
+  if (wanted.logprob) make(a.logprob, {a.B}, kValue);
+  if (wanted.entropy) make(a.entropy, {a.B}, kValue);
+  if (wanted.rank) make(a.rank, {a.B}, kId);
   a.num_logprobs = wanted.num_logprobs;
-  a.token = mutable_data<int64_t>(token);
-  a.valid = mutable_data<bool>(valid);
-  a.num_kept = mutable_data<int64_t>(num_kept);
-  a.filtered_logprob = mutable_data<float>(filtered_logprob);
-  a.logprob = wanted_data<float>(logprob, wanted.logprob);
-  a.entropy = wanted_data<float>(entropy, wanted.entropy);
-  a.rank = wanted_data<int64_t>(rank, wanted.rank);
-  a.top_ids = mutable_data<int64_t>(top_ids);
-  a.top_logprobs = mutable_data<float>(top_logprobs);
-  a.processed = wanted_data<float>(processed, wanted.processed);
+  if (a.num_logprobs > 0) make(a.top_ids, {a.B, a.num_logprobs}, kId);
+  if (a.num_logprobs > 0) make(a.top_logprobs, {a.B, a.num_logprobs}, kValue);
+  if (wanted.processed) make(a.processed, {a.B, a.V}, kValue);
+  return out;
 }
 
 template <class T>
-Sample<T> arguments(const Inputs& in, const Outputs& out, const Wanted& wanted) {
+Sample<T> arguments(const Inputs& in) {
   Sample<T> a = {};
   a.B = in.logits.size(0);
   a.V = in.logits.size(1);
@@ -180,13 +165,12 @@ Sample<T> arguments(const Inputs& in, const Outputs& out, const Wanted& wanted) 
   a.output_ids = data<int64_t>(in.output);
   a.output_length = ids_length("output_ids", in.output, a.B);
   set_rows(in, a);
-  set_outputs(out, wanted, a);
   return a;
 }
 
-// Calls f(T{}) with the storage type of the logits.
+// What f(T{}) returns, T being the storage type of the logits.
 template <class F>
-void for_logits_dtype(const Tensor& logits, const F& f) {
+Outputs for_logits_dtype(const Tensor& logits, const F& f) {
   switch (logits.scalar_type()) {
     case ScalarType::Float:
       return f(float{});
@@ -200,23 +184,20 @@ void for_logits_dtype(const Tensor& logits, const F& f) {
   }
 }
 
-void launch_cpu(const Inputs& in, const Outputs& out, const Wanted& wanted) {
-  for_logits_dtype(in.logits, [&](auto type) {
-    const auto a = arguments<decltype(type)>(in, out, wanted);
-    for (int64_t b = 0; b < in.settings.size(0); ++b) check_settings(a.settings[b], b);
-    cpu::run(a, torch_parallel());
-  });
+template <class T>
+void launch_cpu(const Inputs& in, const Sample<T>& a) {
+  for (int64_t b = 0; b < in.settings.size(0); ++b) check_settings(a.settings[b], b);
+  cpu::run(a, torch_parallel());
 }
 
 #ifdef LLMKERN_WITH_CUDA
-void launch_cuda(const OnCuda& cuda, const Inputs& in, const Outputs& out, const Wanted& wanted) {
-  for_logits_dtype(in.logits, [&](auto type) {
-    auto a = arguments<decltype(type)>(in, out, wanted);
-    const Tensor workspace = empty(in.logits, {sample_workspace_bytes(a.B, a.V, a.num_logprobs)}, ScalarType::Byte);
-    a.workspace = workspace.mutable_data_ptr();
-    a.error = cuda.error();
-    cuda::run(a, cuda.stream());
-  });
+template <class T>
+void launch_cuda(const Inputs& in, Sample<T> a) {
+  const OnCuda cuda(in.logits);
+  const Tensor workspace = empty(in.logits, {sample_workspace_bytes(a.B, a.V, a.num_logprobs)}, ScalarType::Byte);
+  a.workspace = workspace.mutable_data_ptr();
+  a.error = cuda.error();
+  cuda::run(a, cuda.stream());
 }
 #endif
 
@@ -231,17 +212,18 @@ Outputs sample(const Tensor& logits, const OptionalTensor& bias, const OptionalT
   const Inputs in = {dense_rows(logits), row_major(bias),       row_major(bias_ids),   row_major(bias_values),
                      row_major(allowed), row_major(prompt_ids), row_major(output_ids), row_major(settings),
                      row_major(seeds),   row_major(positions)};
+  return for_logits_dtype(in.logits, [&](auto type) {
+    auto a = arguments<decltype(type)>(in);
+    const Outputs out = make_outputs(in.logits, wanted, a);
 #ifdef LLMKERN_WITH_CUDA
-  if constexpr (kOnCuda) {
-    const OnCuda cuda(logits);
-    const Outputs out = empty_outputs(logits, logits.size(0), logits.size(1), wanted);
-    launch_cuda(cuda, in, out, wanted);
-    return out;
-  }
+    if constexpr (kOnCuda) {
+      launch_cuda(in, a);
+      return out;
+    }
 #endif
-  const Outputs out = empty_outputs(logits, logits.size(0), logits.size(1), wanted);
-  launch_cpu(in, out, wanted);
-  return out;
+    launch_cpu(in, a);
+    return out;
+  });
 }
 
 }  // namespace
@@ -251,9 +233,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def(
       "sample(Tensor logits, Tensor? bias, Tensor? bias_ids, Tensor? bias_values, Tensor? allowed, Tensor? prompt_ids, "
       "Tensor? output_ids, Tensor settings, Tensor seeds, Tensor? positions, SymInt num_logprobs, bool return_logprob, "
-      "bool return_entropy, bool return_rank, bool return_processed) -> (Tensor token, Tensor valid, Tensor num_kept, "
-      "Tensor filtered_logprob, Tensor logprob, Tensor entropy, Tensor rank, Tensor top_ids, Tensor top_logprobs, "
-      "Tensor processed)");
+      "bool return_entropy, bool return_rank, bool return_processed) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) { m.impl("sample", TORCH_BOX(&sample<false>)); }

@@ -6,12 +6,13 @@ from llmkern.ops.cross_entropy import linear_cross_entropy
 from llmkern.ops.dropout import dropout
 from llmkern.ops.embedding import embedding
 from llmkern.ops.lstm import lstm, lstm_cell, lstm_pack
-from llmkern.ops.sampling import SampleOutput, sample
+from llmkern.ops.sampling import SampleOutput, filter_logits, sample
 
 __all__ = [
     "SampleOutput",
     "dropout",
     "embedding",
+    "filter_logits",
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",
