@@ -443,10 +443,9 @@ def test_zeros_of_either_sign(simt, reference):
     zeros = np.array([[-0.0, 0.0, -1], [0.0, -0.0, -1], [-0.0, -1, -1], [-1, 0, -0.0]], np.float32)
     for settings in ([1, 1, 1, 0, 1], [0.7, 0, 1, 0, 1], [2, 0, 1, 0.9, 1], [1, 0, 0.1, 0, 1]):
         inputs = call(zeros, rng, settings=np.array([[*settings, 1.0, 0, 0]]), num_logprobs=3)
-        check(simt, reference, inputs)
-        inputs["bias"] = np.full(3, -0.0, np.float32)  # without it 0 is added
-        processed = check(simt, reference, inputs)["processed"]
-        assert np.signbit(processed[2, 0])
+        assert np.signbit(check(simt, reference, inputs)["processed"][2, 0])
+        inputs["bias"] = np.zeros(3, np.float32)
+        assert not np.signbit(check(simt, reference, inputs)["processed"][2, 0])
 
 
 def test_integers_are_those_of_the_oracle(simt):

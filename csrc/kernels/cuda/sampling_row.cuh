@@ -189,12 +189,16 @@ __device__ Seen load_logits(const AnySample& a, const SampleSettings& s, int64_t
     for (int j = 0; j < kBatch; ++j) {
       const int first = mine + j * kStep;
       if (first >= row.end) continue;
-      Floats y = {};
-      if (bias != nullptr) y = load_group(bias, bias_aligned, first, end, 0.0f);
+      Floats y;
+      for (int i = 0; i < kGroup; ++i) y.x[i] = widen(loaded[j].x[i]);
+      if (bias != nullptr) {
+        const Floats added = load_group(bias, bias_aligned, first, end, 0.0f);
+        for (int i = 0; i < kGroup; ++i) y.x[i] += added.x[i];
+      }
       uint32_t passes = allowed.kind == AllowedKind::kAll ? ~0u : allowed.group(first, end);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i, passes >>= 1) {
-        y.x[i] = (passes & 1) != 0 && first + i < end ? widen(loaded[j].x[i]) + y.x[i] : -INFINITY;
+        if ((passes & 1) == 0 || first + i >= end) y.x[i] = -INFINITY;
         if (!is_last) continue;
         if (y.x[i] > FLT_MAX) y.x[i] = FLT_MAX;
         seen.add(first + i, y.x[i]);
