@@ -10,7 +10,7 @@ Needs ``pip install 'llmkern[transformers]'``.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ model's own generation_config asks for, and by default top_k=50."""
 _DEFAULTS = {"top_k": 50}
 # Values that ask for nothing.
 _NOTHING = (None, False, 0, 0.0)
+_Processor = TypeVar("_Processor", bound="LlmkernLogitsProcessor")
 
 
 class LlmkernLogitsProcessor(LogitsProcessor):
@@ -69,7 +70,7 @@ class LlmkernLogitsProcessor(LogitsProcessor):
 
     supports_continuous_batching = False
     # Of a generation_config: what would have to come between the steps that are one call here.
-    _refused = ("top_h",)
+    _refused: tuple[str, ...] = ("top_h",)
 
     def __init__(
         self,
@@ -109,7 +110,9 @@ class LlmkernLogitsProcessor(LogitsProcessor):
         self.penalises = counts or repetition_penalty != 1
 
     @classmethod
-    def from_generation_config(cls, generation_config: GenerationConfig, **options: Any) -> Any:
+    def from_generation_config(
+        cls: type[_Processor], generation_config: GenerationConfig, **options: Any
+    ) -> _Processor:
         """With the settings that generate() would take from a config.
 
         What else the config asks for stays transformers' business: generate() does it before (no_repeat_ngram_size,
@@ -168,7 +171,7 @@ class LlmkernLogitsProcessor(LogitsProcessor):
             )
         return mask.to(input_ids.device).bool().repeat_interleave(B // rows, dim=0)
 
-    def _history(self, input_ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def _history(self, input_ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
         if not self.penalises:
             return {}
         if mask is None:
@@ -239,7 +242,7 @@ class LlmkernSampler(LlmkernLogitsProcessor):
             )
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn.token[:, None], 0.0)
 
-    def _draw(self, input_ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def _draw(self, input_ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """Seeds [B], and as positions the numbers of ids [B], padding not counted."""
         if self.seeds is None:
             return {}
