@@ -54,7 +54,9 @@ std::vector<float> adjusted_logits(const Array<float>& logits, const Adjustments
                                    int64_t b) {
   const int64_t V = logits.shape(1);
   std::vector<float> y(static_cast<size_t>(V));
-  for (int64_t v = 0; v < V; ++v) y[static_cast<size_t>(v)] = logits.at(b, v) + (a.bias ? a.bias->at(b, v) : 0.0f);
+  for (int64_t v = 0; v < V; ++v) {
+    y[static_cast<size_t>(v)] = a.bias ? logits.at(b, v) + a.bias->at(b, v) : logits.at(b, v);
+  }
   for (py::ssize_t i = 0; a.bias_ids && i < a.bias_ids->shape(1); ++i) {
     const int64_t v = a.bias_ids->at(b, i);
     if (v >= 0 && v < V) y[static_cast<size_t>(v)] += a.bias_values->at(b, i);
