@@ -328,15 +328,56 @@ def test_check_sees_a_broken_gather(case: Case, monkeypatch: pytest.MonkeyPatch)
         benchmark.check(case)
 
 
-@pytest.mark.parametrize("setting", ["top_k", "top_p"])
+SAMPLING = [
+    *(sampling.plain(50, B) for B in (1, 20)),
+    *(sampling.top_k(1000, 3, return_logprob=asked) for asked in (True, False)),
+    *(case(1000, 20, dtype=torch.bfloat16) for case in (sampling.top_p, sampling.processors)),
+]
+
+
+@pytest.mark.parametrize("case", SAMPLING, ids=str)
+def test_sampling_agrees_with_its_peers(case: Case) -> None:
+    assert 0.0 <= benchmark.check(case) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "setting", "off"),
+    [
+        (sampling.top_k(1000, 2), "top_k", 0),
+        (sampling.top_p(1000, 2), "top_p", 1.0),
+        (sampling.processors(100_000, 2), "top_k", 0),
+        (sampling.processors(1000, 2), "min_p", 0.0),
+    ],
+)
 def test_check_sees_a_filter_that_does_nothing(
-    setting: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, setting: str, off: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = ops.sample
-    off = {"top_k": 0, "top_p": 1.0}[setting]
     monkeypatch.setattr(ops, "sample", lambda *a, **k: sample(*a, **k | {setting: off}))
     with pytest.raises(RuntimeError, match="tokens kept in row 0"):
-        benchmark.check(getattr(sampling, setting)(V=1000, B=2))
+        benchmark.check(case)
+
+
+def test_check_sees_a_penalty_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = ops.sample
+    monkeypatch.setattr(ops, "sample", lambda *a, **k: sample(*a, **k | {"repetition_penalty": 1}))
+    with pytest.raises(RuntimeError, match=r"kept|logprobs within"):
+        benchmark.check(sampling.processors(300, 20))
+
+
+def test_a_goal_is_shown_beside_the_floor() -> None:
+    """0.5 s is the floor of 50 operations at 100 a second."""
+    timings = {name: benchmark.Timing([2.0] * 3, 1) for name in ("llmkern", "peer")}
+    case = replace(FakeMachine(llmkern=1.0).case(), goal=lambda floor: 3 * floor + 0.1)
+    result = benchmark.Result(case, 0.0, timings)
+    summary = benchmark.summary(result, CEILINGS)
+    assert summary["goal_ms"] == pytest.approx(1600.0)
+    assert summary["contenders"]["peer"]["time_over_goal"] == pytest.approx(1.25)
+    header, _, *rows = benchmark.table([result], CEILINGS).splitlines()[-4:]
+    assert header.split("|")[-3].strip() == "time/goal"
+    assert [row.split("|")[-3].strip() for row in rows] == ["1.25", "1.25"]
+    without = benchmark.table([replace(result, case=replace(case, goal=None))], CEILINGS)
+    assert "goal" not in without
 
 
 def test_work_is_counted_from_the_formulas() -> None:

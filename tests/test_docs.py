@@ -18,10 +18,13 @@ CORPUS = "The cat sat on the mat. The dog lay in the sun, and the bird sang a so
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page: Path, tmp_path: Path):
     (tmp_path / "corpus.txt").write_text(CORPUS, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
     blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
     assert blocks, f"{page.name} has nothing to run"
     for language, code in blocks:
+        for package in re.findall(r"^import (\w+)", code, re.M):
+            pytest.importorskip(package)
         if language == "bash":
             # The command of this very environment, whether or not it is on PATH.
             code = code.replace(

@@ -152,6 +152,7 @@ class Case:
         dtype: what is multiplied: it decides the arithmetic's ceiling.
         cold: on a GPU, runs take inputs in turn from sets that together exceed the L2 cache.
         graph: on a GPU, every contender is also timed as a CUDA graph: small work is slower to launch than to do.
+        goal: from the floor, in seconds, to the time that llmkern means to stay below; None shows none.
     """
 
     family: str
@@ -163,6 +164,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     cold: bool = False
     graph: bool = False
+    goal: Callable[[float], float] | None = None
 
     def __str__(self) -> str:
         return self.name

@@ -17,6 +17,7 @@ from llmkern.benchmark.machine import command, gpu_facts, machine_facts, softwar
 from llmkern.benchmark.timing import Protocol, Result
 
 _HEADER = ["case", "run", "ms", "IQR", "rate", "ceiling", "floor ms", "time/floor", "speed-up"]
+_GOAL = "time/goal"  # a column beside time/floor where a case has a goal
 
 _QUIET = 0.3  # load average that a machine at rest may show
 
@@ -28,6 +29,7 @@ def summary(result: Result, ceilings: Ceilings) -> dict[str, Any]:
         ceilings.floor(result.case),
         ceilings.bound(result.case),
     )
+    goal = None if case.goal is None else case.goal(floor)
     work = case.flops if bound in (FMA, TENSOR_CORES) else case.bytes
     contenders = {}
     for name, timing in result.timings.items():
@@ -41,6 +43,7 @@ def summary(result: Result, ceilings: Ceilings) -> dict[str, Any]:
             "gb_s": case.bytes / seconds / 1e9,
             "of_ceiling": work / seconds / limit,
             "time_over_floor": seconds / floor,
+            "time_over_goal": seconds / goal if goal else None,
             "tokens_s": case.tokens / seconds if case.tokens else None,
             "samples_ms": [float(f"{sample * 1e3:.5g}") for sample in timing.samples],
         }
@@ -59,6 +62,7 @@ def summary(result: Result, ceilings: Ceilings) -> dict[str, Any]:
         "bytes": case.bytes,
         "bound": bound,
         "floor_ms": floor * 1e3,
+        "goal_ms": goal * 1e3 if goal else None,
         "contenders": contenders,
     }
 
@@ -121,8 +125,12 @@ def table(results: Iterable[Result], ceilings: Ceilings) -> str:
         families.setdefault(result.case.family, []).append(summary(result, ceilings))
     parts = [ceilings_text(ceilings)]
     for family, cases in families.items():
-        rows = [row for case in cases for row in _rows(case)]
-        parts.append(f"### {family}\n\n{_markdown([_HEADER, *rows])}")
+        rows = [[*_HEADER], *(row for case in cases for row in _rows(case))]
+        if any(case["goal_ms"] for case in cases):
+            over = [_over_goal(x) for case in cases for x in case["contenders"].values()]
+            for row, cell in zip(rows, [_GOAL, *over], strict=True):
+                row.insert(_HEADER.index("speed-up"), cell)
+        parts.append(f"### {family}\n\n{_markdown(rows)}")
         parts += [
             f"{case['case']}: no {peer}: {why}"
             for case in cases
@@ -149,6 +157,10 @@ def _rows(case: dict[str, Any]) -> Iterable[list[str]]:
             _digits(x["time_over_floor"]),
             _verdict(x["llmkern_speedup"]) if "llmkern_speedup" in x else "",
         ]
+
+
+def _over_goal(contender: dict[str, Any]) -> str:
+    return _digits(contender["time_over_goal"]) if contender["time_over_goal"] else ""
 
 
 def _verdict(speedup: float) -> str:

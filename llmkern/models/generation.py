@@ -259,6 +259,7 @@ def _choose(logits: Tensor, rows: list[_Row], config: GenerationConfig) -> Tenso
         typical_p=config.typical_p,
         seed=torch.tensor([row.seed for row in rows], device=device),
         position=torch.tensor([len(row.prompt) + len(row.output) for row in rows], device=device),
+        return_logprob=False,
         **penalties,
     )
     for row, valid in enumerate(drawn.valid.tolist()):
