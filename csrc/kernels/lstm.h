@@ -92,7 +92,7 @@ template <class T>
 struct LstmPack {
   const T *weight_ih, *weight_hh;
   LstmPacking packing;
-  void* packed;  // as many as LstmPackedBytes says, aligned to 64
+  void* packed;  // as many bytes as LstmPackedLayout says, aligned to 64
   int64_t I, H, P;
 };
 
@@ -101,10 +101,12 @@ struct LstmPackHeader {
 };
 constexpr int64_t kLstmPackMagic = 0x4b43415020534c;
 
+// What packed weights begin with and take under the instruction set in use.
 template <class T>
-struct LstmPackedBytes {
+struct LstmPackedLayout {
   LstmPacking packing;
   int64_t I, H, P;
+  LstmPackHeader* header;
   int64_t* bytes;  // a multiple of 64
 };
 

@@ -365,6 +365,13 @@ def _lstm_fake(  # type: ignore[no-untyped-def]
     )
 
 
+@torch.library.register_fake("llmkern::lstm_layers")
+def _lstm_layers_fake(input, h_0, c_0, packed, has_bias, batch_first=False):  # type: ignore[no-untyped-def]
+    _checks.check_same_device("lstm", {"input": input, "h_0": h_0, "c_0": c_0, "packed": packed})
+    output = input.new_empty(*input.shape[:-1], h_0.shape[-1])
+    return output, input.new_empty(h_0.shape), input.new_empty(h_0.shape)
+
+
 @torch.library.register_fake("llmkern::lstm_backward")
 def _lstm_backward_fake(  # type: ignore[no-untyped-def]
     grad_output,
