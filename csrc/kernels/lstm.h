@@ -114,6 +114,7 @@ template <class T>
 struct LstmBackward {
   const T *grad_output, *grad_h_n, *grad_c_n;  // each may be null: zero
   const Widened<T>* grad_cells;                // or null
+  // Of a plain layer input, h_0 and output may be null where the gates are there and grad_weight_ih is null.
   const T *input, *h_0, *c_0;
   const T *weight_ih, *weight_hh;
   const T *bias_ih, *bias_hh;  // or null
