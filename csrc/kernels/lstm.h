@@ -92,7 +92,7 @@ template <class T>
 struct LstmPack {
   const T *weight_ih, *weight_hh;
   LstmPacking packing;
-  void* packed;  // as many as LstmPackedBytes says, aligned to 64
+  void* packed;  // as many bytes as LstmPackedLayout says, aligned to 64
   int64_t I, H, P;
 };
 
@@ -101,10 +101,12 @@ struct LstmPackHeader {
 };
 constexpr int64_t kLstmPackMagic = 0x4b43415020534c;
 
+// What packed weights begin with and take under the instruction set in use.
 template <class T>
-struct LstmPackedBytes {
+struct LstmPackedLayout {
   LstmPacking packing;
   int64_t I, H, P;
+  LstmPackHeader* header;
   int64_t* bytes;  // a multiple of 64
 };
 
@@ -112,6 +114,7 @@ template <class T>
 struct LstmBackward {
   const T *grad_output, *grad_h_n, *grad_c_n;  // each may be null: zero
   const Widened<T>* grad_cells;                // or null
+  // Of a plain layer input, h_0 and output may be null where the gates are there and grad_weight_ih is null.
   const T *input, *h_0, *c_0;
   const T *weight_ih, *weight_hh;
   const T *bias_ih, *bias_hh;  // or null

@@ -2,24 +2,19 @@
 // torch.ops.llmkern.lstm and its gradient: schema, checks, allocation, launch. The math is in kernels/lstm.h.
 #include "kernels/lstm.h"
 
-#include <cstring>
 #include <tuple>
 
 #include "ops/cuda.h"
-#include "ops/tensors.h"
+#include "ops/lstm.h"
 
 namespace llmkern::ops {
 
 namespace {
 
-constexpr const char* kName = "lstm";
+constexpr const char* kName = kLstm;
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-struct Sizes {
-  int64_t T, B, I, H, P;
-};
 
 // A layer's parameters and what it runs with: the arguments that both passes share.
 struct Layer {
@@ -27,7 +22,7 @@ struct Layer {
   OptionalTensor bias_ih, bias_hh, weight_hr, norm_gates, norm_cell, lengths, reset, seed;
   double zoneout_h, zoneout_c;
 
-  Sizes check() const;
+  LstmSizes check() const;
   Layer contiguous() const;
   bool is_plain() const { return !weight_hr && !norm_gates && !reset && zoneout_h == 0 && zoneout_c == 0; }
 
@@ -38,17 +33,10 @@ struct Layer {
   }
 };
 
-void check_parameter(const char* name, const OptionalTensor& tensor, ScalarType dtype,
-                     std::initializer_list<int64_t> shape) {
-  if (!tensor.has_value()) return;
-  check_shape(kName, name, *tensor, shape);
-  check_dtype(kName, name, *tensor, dtype);
-}
-
-Sizes Layer::check() const {
+LstmSizes Layer::check() const {
   check_dim(kName, "input", input, 3);
   check_dim(kName, "weight_hh", weight_hh, 2);
-  const Sizes n = {input.size(0), input.size(1), input.size(2), weight_hh.size(0) / 4, weight_hh.size(1)};
+  const LstmSizes n = {input.size(0), input.size(1), input.size(2), weight_hh.size(0) / 4, weight_hh.size(1)};
   const ScalarType dtype = input.scalar_type();
   if (n.T == 0) fail(kName, "expected at least one time step, got input of shape ", shape_text(input));
   if (n.H == 0 || n.P == 0) {
@@ -110,12 +98,12 @@ struct Saved {
   OptionalTensor grad_output, grad_h_n, grad_c_n, grad_cells;
   Tensor output, cells, gates, normalized, scales;
 
-  void check(const Sizes& n, ScalarType dtype, ScalarType wide, bool has_norm) const;
+  void check(const LstmSizes& n, ScalarType dtype, ScalarType wide, bool has_norm) const;
   Saved contiguous() const;
   bool has_gates() const { return gates.numel() > 0; }
 };
 
-void Saved::check(const Sizes& n, ScalarType dtype, ScalarType wide, bool has_norm) const {
+void Saved::check(const LstmSizes& n, ScalarType dtype, ScalarType wide, bool has_norm) const {
   check_parameter("output", output, dtype, {n.T, n.B, n.P});
   check_parameter("cells", cells, wide, {n.T, n.B, n.H});
   if (has_gates()) check_parameter("gates", gates, dtype, {n.T, n.B, 4 * n.H});
@@ -132,86 +120,6 @@ void Saved::check(const Sizes& n, ScalarType dtype, ScalarType wide, bool has_no
 Saved Saved::contiguous() const {
   return {row_major(grad_output), row_major(grad_h_n), row_major(grad_c_n),   row_major(grad_cells), row_major(output),
           row_major(cells),       row_major(gates),    row_major(normalized), row_major(scales)};
-}
-
-int64_t bytes_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return 8;
-    case ScalarType::Float:
-      return 4;
-    case ScalarType::Char:
-      return 1;
-    default:
-      return 2;
-  }
-}
-
-// What packed weights take under the instruction set in use.
-int64_t packed_bytes(ScalarType dtype, LstmPacking packing, int64_t I, int64_t H, int64_t P) {
-  int64_t bytes = 0;
-  const auto ask = [&](auto value) {
-    cpu::run(LstmPackedBytes<decltype(value)>{packing, I, H, P, &bytes}, torch_parallel());
-  };
-  switch (dtype) {
-    case ScalarType::Double:
-      ask(double{});
-      break;
-    case ScalarType::Float:
-      ask(float{});
-      break;
-    case ScalarType::BFloat16:
-      ask(bfloat16{});
-      break;
-    default:
-      ask(float16{});
-  }
-  return bytes;
-}
-
-Tensor packed_for(LstmPacking packing, const Tensor& weight_ih_any, const Tensor& weight_hh_any) {
-  check_dim(kName, "weight_ih", weight_ih_any, 2);
-  check_dim(kName, "weight_hh", weight_hh_any, 2);
-  const int64_t I = weight_ih_any.size(1), H = weight_hh_any.size(0) / 4, P = weight_hh_any.size(1);
-  const ScalarType dtype = weight_hh_any.scalar_type();
-  check_shape(kName, "weight_hh", weight_hh_any, {4 * H, P});
-  check_shape(kName, "weight_ih", weight_ih_any, {4 * H, I});
-  check_dtype(kName, "weight_ih", weight_ih_any, dtype);
-  const bool quantised = packing == LstmPacking::kQuantised;
-  if (quantised) check_dtype(kName, "weights of 8 bits made of one", weight_hh_any, ScalarType::Float);
-  const Tensor weight_ih = row_major(weight_ih_any), weight_hh = row_major(weight_hh_any);
-  Tensor packed;
-  for_storage_dtype(kName, "weight_hh", weight_hh, [&](auto value) {
-    using T = decltype(value);
-    const ScalarType kept = quantised ? ScalarType::Char : dtype;
-    packed = empty(weight_hh, {packed_bytes(dtype, packing, I, H, P) / bytes_of(kept)}, kept);
-    cpu::run(LstmPack<T>{data<T>(weight_ih), data<T>(weight_hh), packing, packed.mutable_data_ptr(), I, H, P},
-             torch_parallel());
-  });
-  return packed;
-}
-
-Tensor lstm_pack_cpu(const Tensor& weight_ih, const Tensor& weight_hh, bool quantised) {
-  return packed_for(quantised ? LstmPacking::kQuantised : LstmPacking::kForward, weight_ih, weight_hh);
-}
-
-Tensor lstm_pack_backward_cpu(const Tensor& weight_ih, const Tensor& weight_hh) {
-  return packed_for(LstmPacking::kBackward, weight_ih, weight_hh);
-}
-
-// The packed weights, or null where another instruction set has packed them. Their header is the caller's promise that
-// they are of this layer; their size is not.
-const void* usable(const OptionalTensor& packed, LstmPacking packing, const Sizes& n, ScalarType dtype) {
-  if (!packed.has_value()) return nullptr;
-  if (packing != LstmPacking::kQuantised) check_dtype(kName, "packed", *packed, dtype);
-  const int64_t bytes = packed->numel() * bytes_of(packed->scalar_type());
-  LstmPackHeader header = {};
-  if (bytes >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed->const_data_ptr(), sizeof header);
-  if (header.magic != kLstmPackMagic || header.I != n.I || header.H != n.H || header.P != n.P) {
-    fail(kName, "expected packed to be what lstm_pack makes of weights with I, H, P = ", n.I, ", ", n.H, ", ", n.P,
-         ", got another tensor of shape ", shape_text(*packed));
-  }
-  return bytes == packed_bytes(dtype, packing, n.I, n.H, n.P) ? packed->const_data_ptr() : nullptr;
 }
 
 using Steps = std::vector<Tensor>;
@@ -282,12 +190,12 @@ Forward lstm_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c
   const Layer given = {input_any,   h_0_any,     c_0_any,       weight_ih_any,  weight_hh_any,
                        bias_ih_any, bias_hh_any, weight_hr_any, norm_gates_any, norm_cell_any,
                        lengths_any, reset_any,   seed,          zoneout_h,      zoneout_c};
-  const Sizes n = given.check();
+  const LstmSizes n = given.check();
   const OptionalTensor packed = row_major(packed_any);
   const ScalarType given_dtype = input_any.scalar_type();
-  const bool quantised = packed && packed->scalar_type() == ScalarType::Char && given_dtype == ScalarType::Float;
-  const LstmPacking packing = quantised ? LstmPacking::kQuantised : LstmPacking::kForward;
-  const void* packed_weights = usable(packed, packing, n, given_dtype);
+  const LstmPacking packing = forward_packing(packed ? packed->scalar_type() : given_dtype, given_dtype);
+  const bool quantised = packing == LstmPacking::kQuantised;
+  const void* panels = packed_weights(packed, packing, n, given_dtype);
   const Layer layer = given.contiguous();
   check_values(layer.lengths, n.T);
   const Tensor& input = layer.input;
@@ -309,7 +217,7 @@ Forward lstm_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c
                             data<T>(layer.bias_hh),
                             layer.variant<T>(),
                             data<int64_t>(layer.lengths),
-                            packed_weights,
+                            panels,
                             quantised,
                             mutable_data<T>(output),
                             data_if<Widened<T>>(save_cells, cells),
@@ -343,7 +251,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
                        bias_ih_any, bias_hh_any, weight_hr_any, norm_gates_any, norm_cell_any,
                        lengths_any, reset_any,   seed,          zoneout_h,      zoneout_c};
   const Saved saved_any = {grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, gates, normalized, scales};
-  const Sizes n = given.check();
+  const LstmSizes n = given.check();
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
   const bool norm = given.norm_gates.has_value(), projection = given.weight_hr.has_value();
   saved_any.check(n, dtype, wide, norm);
@@ -351,7 +259,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
     fail(kName, "expected weights=True and no packed weights beside lengths and variants");
   }
   const OptionalTensor packed = row_major(packed_any);
-  const void* packed_weights = usable(packed, LstmPacking::kBackward, n, dtype);
+  const void* panels = packed_weights(packed, LstmPacking::kBackward, n, dtype);
   const Layer layer = given.contiguous();
   const Saved saved = saved_any.contiguous();
   check_values(layer.lengths, n.T);
@@ -384,7 +292,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
                              saved.has_gates() ? data<T>(saved.gates) : nullptr,
                              saved.has_gates() && norm ? data<T>(saved.normalized) : nullptr,
                              saved.has_gates() && norm ? data<Widened<T>>(saved.scales) : nullptr,
-                             packed_weights,
+                             panels,
                              data_if<T>(!weights, grad_gates),
                              mutable_data<T>(grad_input),
                              mutable_data<T>(grad_h_0),
@@ -412,8 +320,8 @@ Tensor rows_of(const Tensor& steps) {  // [T, B, X] as [T * B, X]
   return torch::stable::view(steps, {steps.size(0) * steps.size(1), steps.size(2)});
 }
 
-Sizes check_cuda(const Layer& layer, const OptionalTensor& grad_cells, bool weights) {
-  const Sizes n = layer.check();
+LstmSizes check_cuda(const Layer& layer, const OptionalTensor& grad_cells, bool weights) {
+  const LstmSizes n = layer.check();
   for (const OptionalTensor& tensor :
        {OptionalTensor(layer.h_0), OptionalTensor(layer.c_0), OptionalTensor(layer.weight_ih),
         OptionalTensor(layer.weight_hh), layer.bias_ih, layer.bias_hh, layer.lengths}) {
@@ -434,7 +342,7 @@ Forward lstm_cuda(const Tensor& input_any, const Tensor& h_0_any, const Tensor& 
   const Layer given = {input_any,   h_0_any,     c_0_any,   weight_ih_any, weight_hh_any,
                        bias_ih_any, bias_hh_any, weight_hr, norm_gates,    norm_cell,
                        lengths_any, reset,       seed,      zoneout_h,     zoneout_c};
-  const Sizes n = check_cuda(given, std::nullopt, true);
+  const LstmSizes n = check_cuda(given, std::nullopt, true);
   const OnCuda cuda(input_any);
   const Layer layer = given.contiguous();
   const Tensor& input = layer.input;
@@ -472,7 +380,7 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
   const Layer given = {input_any,   h_0_any,     c_0_any,   weight_ih_any, weight_hh_any,
                        bias_ih_any, bias_hh_any, weight_hr, norm_gates,    norm_cell,
                        lengths_any, reset,       seed,      zoneout_h,     zoneout_c};
-  const Sizes n = check_cuda(given, grad_cells, weights);
+  const LstmSizes n = check_cuda(given, grad_cells, weights);
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
   const Saved saved_any = {grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, gates, normalized, scales};
   saved_any.check(n, dtype, wide, false);
@@ -520,8 +428,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
       "Tensor? lengths=None, Tensor? reset=None, Tensor? seed=None, Tensor? packed=None, float zoneout_h=0.0, "
       "float zoneout_c=0.0, bool reverse=False, bool save_cells=False, bool save_gates=False) -> (Tensor output, "
       "Tensor h_n, Tensor c_n, Tensor cells, Tensor gates, Tensor normalized, Tensor scales)");
-  m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh, bool quantised=False) -> Tensor");
-  m.def("lstm_pack_backward(Tensor weight_ih, Tensor weight_hh) -> Tensor");
   m.def(
       "lstm_weight_gradients(Tensor[] grad_gates, Tensor[] input, Tensor[] previous) -> (Tensor grad_weight_ih, "
       "Tensor grad_weight_hh, Tensor grad_bias)");
@@ -538,8 +444,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
   m.impl("lstm", TORCH_BOX(&lstm_cpu));
-  m.impl("lstm_pack", TORCH_BOX(&lstm_pack_cpu));
-  m.impl("lstm_pack_backward", TORCH_BOX(&lstm_pack_backward_cpu));
   m.impl("lstm_weight_gradients", TORCH_BOX(&lstm_weight_gradients_cpu));
   m.impl("lstm_backward", TORCH_BOX(&lstm_backward_cpu));
 }

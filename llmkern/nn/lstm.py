@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from llmkern import ops
-from llmkern.nn._packing import PackedWeights, checked_dtype, parameters_of
+from llmkern.nn._packing import PackedWeights, checked_dtype, parameters_of, records_nothing
 from llmkern.ops import _seed
 from llmkern.ops._checks import ShapeError
 
 State = tuple[Tensor, Tensor]
+_LAYERS = torch.ops.llmkern.lstm_layers.default
 
 
 class LSTM(nn.RNNBase):
@@ -150,6 +151,10 @@ class LSTM(nn.RNNBase):
         reset: Tensor | None = None,
         return_cells: bool = False,
     ) -> Any:
+        if lengths is None and reset is None and not return_cells and records_nothing():
+            results = self._forward_at_once(input, hx) if type(input) is Tensor else None
+            if results is not None:
+                return results
         if isinstance(input, PackedSequence):
             if lengths is not None or reset is not None or return_cells:
                 raise ValueError(
@@ -175,6 +180,26 @@ class LSTM(nn.RNNBase):
         elif self.batch_first:
             steps = steps.transpose(1, 2)
         return output, (h_n, c_n), steps
+
+    def _forward_at_once(self, input: Tensor, hx: State | None) -> tuple[Tensor, State] | None:
+        """All layers in one call of an operator that has nothing but what plain layers need in evaluation.
+
+        None where there is more to do, or something wrong: the way layer by layer says what.
+        """
+        packed = self._packed.layers(self)
+        if packed is None:
+            return None
+        try:
+            h_0, c_0 = self._zeros(input) if hx is None else hx
+            output, h_n, c_n = _LAYERS(input, h_0, c_0, packed, self.bias, self.batch_first)
+        except Exception:
+            return None
+        return output, (h_n, c_n)
+
+    def _zeros(self, input: Tensor) -> State:
+        rows = [input.shape[0 if self.batch_first else 1]] if input.dim() == 3 else []
+        zeros = input.new_zeros(self.num_layers, *rows, self.hidden_size)
+        return zeros, zeros
 
     def _steps_first(self, reset: Tensor, batched: bool) -> Tensor:
         if not isinstance(reset, Tensor):

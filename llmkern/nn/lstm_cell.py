@@ -59,9 +59,9 @@ class LSTMCell(nn.LSTMCell):
         # One row, however many there are: the next step needs the same copy.
         packed = self._packed.get(0, 1, weight_ih, weight_hh)
         if packed is not None and torch.is_grad_enabled() and _is_plain(x, *hx):
-            loop = self._loops.get(weights, self._packed)
+            loop = self._loops.get(weights, packed, self._packed)
             if loop is not None:
-                return loop.step(x, *hx, packed)
+                return loop.step(x, *hx)
         return ops.lstm_cell(x, *hx, weight_ih, weight_hh, bias_ih, bias_hh, packed=packed)
 
 
@@ -77,15 +77,15 @@ class _Loops:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Loops, ()
 
-    def get(self, weights: Sequence[Any], packed: PackedWeights) -> LstmLoop | None:
+    def get(self, weights: Sequence[Any], packed: Tensor, cache: PackedWeights) -> LstmLoop | None:
         """The loop over these weights, the latest one or a new one; None where their gradients cannot be deferred."""
         loop = None if self._latest is None else self._latest()
-        if loop is not None and loop.is_of(weights):
+        if loop is not None and loop.is_of(weights, packed):
             return loop
         if not can_defer(weights):
             return None
-        pack_backward = functools.partial(packed.get, 0, 1, weights[0], weights[1], True)
-        loop = LstmLoop(weights, pack_backward)
+        pack_backward = functools.partial(cache.get, 0, 1, weights[0], weights[1], True)
+        loop = LstmLoop(weights, packed, pack_backward)
         self._latest = weakref.ref(loop)
         return loop
 

@@ -12,16 +12,19 @@ threads do not meet; a pass that does not ask for the weights leaves nothing. Wh
 differentiated in their turn, a step gives the gradients of its weights like any other operator.
 """
 
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from llmkern.ops import _checks
 from llmkern.ops.lstm import explained
 
 Weights = Sequence[Tensor | None]
+_STEP = torch.ops.llmkern.lstm_step.default
+_STEP_BACKWARD = torch.ops.llmkern.lstm_step_backward.default
 
 
 class LstmLoop:
@@ -29,28 +32,30 @@ class LstmLoop:
 
     Args:
         weights: weight_ih, weight_hh, bias_ih, bias_hh; leaves, of one float dtype, on the CPU.
+        packed: what :func:`llmkern.ops.lstm_pack` made of them; another tensor as soon as they change.
         pack_backward: gives what ``torch.ops.llmkern.lstm_pack_backward`` makes of them, or None.
     """
 
-    def __init__(self, weights: Weights, pack_backward: Callable[[], Tensor | None]) -> None:
-        self.pack_backward = pack_backward
+    def __init__(
+        self, weights: Weights, packed: Tensor, pack_backward: Callable[[], Tensor | None]
+    ) -> None:
+        self.packed, self.pack_backward = packed, pack_backward
         self.left: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        self._weights, self._key = weights, _key(weights)
+        self._weights, self._wanted = weights, _wanted(weights)
         # The hub has `left` alone: with the loop itself it would keep itself alive.
         self._token = _Hub.apply(self.left, *weights)  # type: ignore[no-untyped-call]
         self.hub = self._token.grad_fn
 
-    def is_of(self, weights: Weights) -> bool:
-        same = all(a is b for a, b in zip(self._weights, weights, strict=True))
-        return same and self._key == _key(weights)
+    def is_of(self, weights: Weights, packed: Tensor) -> bool:
+        if self.packed is not packed or self._wanted != _wanted(weights):
+            return False
+        return all(map(operator.is_, self._weights, weights))
 
-    def step(
-        self, input: Tensor, h_0: Tensor, c_0: Tensor, packed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, input: Tensor, h_0: Tensor, c_0: Tensor) -> tuple[Tensor, Tensor]:
         """:func:`llmkern.ops.lstm_cell` with these weights."""
         state = input, h_0, c_0
         try:
-            return _Step.apply(self, packed, *state, self._token, *self._weights)  # type: ignore[no-any-return, no-untyped-call]
+            return _Step.apply(self, *state, self._token, *self._weights)  # type: ignore[no-any-return, no-untyped-call]
         except Exception as error:
             raise explained(error, "lstm_cell", "B, I", *state, *self._weights) from None
 
@@ -62,9 +67,9 @@ def can_defer(weights: Weights) -> bool:
     return plain and any(w.requires_grad for w in given)
 
 
-def _key(weights: Weights) -> list[tuple[Any, ...] | None]:
-    """What autograd notes down about a leaf, and what may change about it while a graph lives."""
-    return [None if w is None else (w.requires_grad, w.dtype, w.shape) for w in weights]
+def _wanted(weights: Weights) -> list[bool]:
+    """What autograd notes down about a leaf that may change while a graph lives."""
+    return [w is not None and w.requires_grad for w in weights]
 
 
 class _Hub(Function):
@@ -92,41 +97,49 @@ class _Step(Function):
     # `token` is the edge to the hub. The weights are here for their gradients where these are differentiated again, and
     # so that autograd sees whether somebody has written into them.
     @staticmethod
-    def forward(ctx, loop, packed, input, h_0, c_0, token, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, loop, input, h_0, c_0, token, *weights):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
-            output, h_1, c_1, *saved = torch.ops.llmkern.lstm.default(
-                input.unsqueeze(0),
-                h_0,
-                c_0,
-                *weights,
-                packed=packed,
-                save_cells=True,
-                save_gates=True,
-            )
+            h_1, c_1, saved = _STEP(input, h_0, c_0, *weights, loop.packed)
         ctx.loop = loop
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, h_0, c_0, *weights, output, *saved)
+        ctx.save_for_backward(input, h_0, c_0, *weights, saved, h_1)
         return h_1, c_1
 
     @staticmethod
     def backward(ctx, grad_h, grad_c):  # type: ignore[no-untyped-def]
         if grad_h is None and grad_c is None:
-            return (None,) * 10
-        input, h_0, c_0, w_ih, w_hh, bias_ih, bias_hh, *saved = ctx.saved_tensors
-        arguments = (None, grad_h, grad_c, None, input.unsqueeze(0), h_0, c_0, w_ih, w_hh)
-        arguments = (*arguments, bias_ih, bias_hh, *[None] * 6, *saved)
-        backward = torch.ops.llmkern.lstm_backward.default
+            return (None,) * 9
+        input, h_0, c_0, w_ih, w_hh, bias_ih, bias_hh, saved, h_1 = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grad_x, grad_h_0, grad_c_0, _, *grads = backward(*arguments)
-            bias = (None, None) if bias_ih is None else (grads[2], grads[2].clone())
-            return None, None, grad_x.squeeze(0), grad_h_0, grad_c_0, None, *grads[:2], *bias
+            layer = input, h_0, c_0, w_ih, w_hh, bias_ih, bias_hh
+            return None, *_differentiable(grad_h, grad_c, layer, saved, h_1)
         loop = ctx.loop
         with torch._C._AutoDispatchBelowAutograd():
-            grad_x, grad_h_0, grad_c_0, grad_gates, *_ = backward(
-                *arguments, weights=False, packed=loop.pack_backward()
+            grad_x, grad_h_0, grad_c_0, grad_gates = _STEP_BACKWARD(
+                grad_h, grad_c, c_0, w_ih, w_hh, saved, loop.pack_backward()
             )
         if torch._C._will_engine_execute_node(loop.hub):
             steps = loop.left.setdefault(torch._C._current_graph_task_id(), [])
             # Detached: what an interrupted pass leaves behind must not hold the graph that holds it.
-            steps.append((grad_gates.squeeze(0), input.detach(), h_0.detach()))
-        return None, None, grad_x.squeeze(0), grad_h_0, grad_c_0, *[None] * 5
+            steps.append((grad_gates, input.detach(), h_0.detach()))
+        return None, grad_x, grad_h_0, grad_c_0, *[None] * 5
+
+
+def _differentiable(grad_h, grad_c, layer, saved, h_1):  # type: ignore[no-untyped-def]
+    """A step's gradients by the operator that has derivatives in its turn, those of the weights included."""
+    input, *others = layer
+    cell = layer[2]
+    wide = _checks.widened(cell.dtype)
+    size = cell.numel() * wide.itemsize
+    cells = saved[:size].view(wide).view_as(cell).unsqueeze(0)
+    gates = saved[size:].view(cell.dtype).view(1, len(cell), -1)
+    none = cell.new_empty(0)
+    grad_x, grad_h_0, grad_c_0, _, grad_ih, grad_hh, grad_bias, *_ = (
+        torch.ops.llmkern.lstm_backward.default(
+            *(None, grad_h, grad_c, None, input.unsqueeze(0), *others),
+            *[None] * 6,
+            *(h_1.unsqueeze(0), cells, gates, none, none.to(wide)),
+        )
+    )
+    biases = (None, None) if layer[5] is None else (grad_bias, grad_bias.clone())
+    return grad_x.squeeze(0), grad_h_0, grad_c_0, None, grad_ih, grad_hh, *biases

@@ -15,6 +15,13 @@ def module(request):
     return getattr(llmkern.nn, request.param)(5, 21).double()
 
 
+@pytest.fixture(autouse=True, params=[True, False], ids=["grad", "no_grad"])
+def _gradients(request):
+    """Without gradients all layers of a module run in one call."""
+    with torch.set_grad_enabled(request.param):
+        yield
+
+
 def run(module):
     x = torch.linspace(-1, 1, 5, dtype=torch.float64).reshape(1, 5)
     return torch.cat([t.reshape(-1) for t in module(x)[1]])
@@ -28,7 +35,8 @@ def fresh(module):
 
 
 def step(module, **options):
-    run(module).sum().backward()
+    with torch.enable_grad():
+        run(module).sum().backward()
     run(module)
     torch.optim.SGD(module.parameters(), 1.0, **options).step()
 

@@ -169,3 +169,56 @@ def test_the_backward_binding_checks_too(name, change):
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=rf"llmkern\.lstm: expected {name} of"):
         torch.ops.llmkern.lstm_backward.default(*arguments.values())
+
+
+def layers_arguments(dtype=torch.float32):
+    layer = llmkern.nn.LSTM(4, 5, 2, dtype=dtype)
+    state = torch.zeros(2, 3, 5, dtype=dtype)
+    with torch.no_grad():
+        packed = layer._packed.layers(layer)
+    return torch.zeros(2, 3, 4, dtype=dtype), state, state, packed, True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, h, c, p, b: (x[0, 0], h, c, p, b), r"input of 2 dimensions, got shape \[4\]"),
+        (lambda x, h, c, p, b: (x[:0], h, c, p, b), "at least one time step"),
+        (lambda x, h, c, p, b: (x, h[0], c, p, b), "h_0 of 3 dimensions"),
+        (lambda x, h, c, p, b: (x, h[:0], c[:0], p, b), "at least one hidden unit"),
+        (lambda x, h, c, p, b: (x, h[:, 1:], c, p, b), r"h_0 of shape \[2, 3, 5\]"),
+        (lambda x, h, c, p, b: (x, h, c[1:], p, b), r"c_0 of shape \[2, 3, 5\], got \[1, 3, 5\]"),
+        (lambda x, h, c, p, b: (x, h, c.double(), p, b), "c_0 of dtype Float, got Double"),
+        (lambda x, h, c, p, b: (x, h, c, p.double(), b), "packed of dtype Float, got Double"),
+        (lambda x, h, c, p, b: (x, h, c, p.repeat(2)[::2], b), "contiguous packed weights"),
+        (lambda x, h, c, p, b: (x, h, c, p[1:], b), "packed to hold layers with I, H = 4, 5"),
+        (lambda x, h, c, p, b: (x, h, c, p[:-1], b), "packed to hold layers with I, H = 5, 5"),
+        (lambda x, h, c, p, b: (x, h, c, p[:3], b), "packed to hold layers with I, H = 4, 5"),
+        (lambda x, h, c, p, b: (x, h, c, p, False), "packed to hold layers with I, H = 5, 5"),
+        (lambda x, h, c, p, b: (x[..., 1:], h, c, p, b), "packed to hold layers with I, H = 3, 5"),
+        (lambda x, h, c, p, b: (x.int(), h, c, p, b), "(packed|h_0) of dtype Int"),
+    ],
+)
+def test_errors_of_layers(change, message):
+    with pytest.raises(ValueError, match=r"llmkern\.lstm: expected " + message):
+        torch.ops.llmkern.lstm_layers.default(*change(*layers_arguments()))
+
+
+def test_layers_packed_for_another_instruction_set():
+    arguments, isa = layers_arguments(), torch.ops.llmkern.cpu_isa()
+    torch.ops.llmkern.select_cpu_isa("generic")
+    try:
+        if isa != "generic":
+            with pytest.raises(ValueError, match="for the instruction set in use"):
+                torch.ops.llmkern.lstm_layers.default(*arguments)
+    finally:
+        torch.ops.llmkern.select_cpu_isa(isa)
+
+
+def test_opcheck_of_layers():
+    for dtype in (torch.float32, torch.float64):
+        arguments = layers_arguments(dtype)
+        torch.library.opcheck(torch.ops.llmkern.lstm_layers.default, arguments)
+        x, h, c, packed, has_bias = arguments
+        unbatched = x[:, 0], h[:, 0], c[:, 0], packed, has_bias, True
+        torch.library.opcheck(torch.ops.llmkern.lstm_layers.default, unbatched)

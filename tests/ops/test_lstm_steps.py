@@ -106,4 +106,111 @@ def test_errors_of_packed_weights():
     bad("weights=True and no packed weights beside lengths", packed, torch.tensor([1, 2, 2]))
 
 
+def step_of(dtype=torch.float32, shape=(3, 7, 19), bias=True):
+    B, I, H = shape  # noqa: E741
+    input, h_0, c_0, *weights = layer((1, B, I, H), dtype=dtype)
+    return [input[0], h_0, c_0, *weights[:2], *(weights[2:4] if bias else (None, None))]
+
+
+def gradients_of(dtype, B, H):
+    return [torch.randn(B, H).to(dtype) for _ in "hc"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(20, 33, 19), (1, 1, 1), (2, 0, 5), (0, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_a_step_is_a_layer_of_one(isa, dtype, shape, bias):
+    """Bit for bit, in both passes, with packed weights, without, and with those of another instruction set."""
+    step = step_of(dtype, shape, bias)
+    B, _, H = shape
+    grads, layer_step = gradients_of(dtype, B, H), [step[0].unsqueeze(0), *step[1:]]
+    output, h_n, c_n, *saved = ops.lstm.default(*layer_step, save_cells=True, save_gates=True)
+    call = (None, *grads, None, *layer_step, *[None] * 6, output, *saved)
+    expected = ops.lstm_backward.default(*call, weights=False)
+    generic = ops.lstm_pack.default(*step[3:5]), ops.lstm_pack_backward.default(*step[3:5])
+    torch.ops.llmkern.select_cpu_isa("generic")
+    foreign = ops.lstm_pack.default(*step[3:5]), ops.lstm_pack_backward.default(*step[3:5])
+    torch.ops.llmkern.select_cpu_isa(isa)
+    for packed, packed_backward in ((None, None), generic, foreign):
+        h_1, c_1, kept = ops.lstm_step.default(*step, packed)
+        assert torch.equal(h_1, h_n) and torch.equal(c_1, c_n)
+        got = ops.lstm_step_backward.default(*grads, *step[2:5], kept, packed_backward)
+        for a, b in zip(got, expected, strict=False):
+            assert torch.equal(a, b.squeeze(0) if b.dim() == 3 else b)
+        zero = ops.lstm_step_backward.default(None, None, *step[2:5], kept, packed_backward)
+        assert not any(t.any() for t in zero)
+
+
+def test_a_strided_step(on_threads):
+    step = [t if t is None else torch.stack([t, t], -1)[..., 0] for t in step_of(shape=(5, 70, 90))]
+    dense = [t.contiguous() for t in step]
+    grads = [g.expand(5, 90) for g in torch.randn(2, 1, 90)]
+
+    def run(arguments):
+        results = ops.lstm_step.default(*arguments)
+        return *results, *ops.lstm_step_backward.default(*grads, *arguments[2:5], results[-1])
+
+    expected = run(dense)
+    for threads in (1, 2):
+        assert all(map(torch.equal, on_threads(threads, lambda: run(step)), expected))
+
+
+def test_opcheck_of_a_step():
+    tests = "test_schema", "test_faketensor"  # gradients are those of the loop's own autograd node
+    for dtype in (torch.float64, torch.bfloat16):
+        step = step_of(dtype)
+        torch.library.opcheck(ops.lstm_step.default, tuple(step), test_utils=tests)
+        saved = ops.lstm_step.default(*step)[2]
+        backward = (*gradients_of(dtype, 3, 19), *step[2:5], saved)
+        torch.library.opcheck(ops.lstm_step_backward.default, backward, test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda t: t[:, 1:], r"input of shape \[3, 7\], got \[3, 6\]"),
+        (0, lambda t: t.double(), "input of dtype Float, got Double"),
+        (1, lambda t: t[1:], r"h_0 of shape \[3, 19\], got \[2, 19\]"),
+        (2, lambda t: t[0], "c_0 of 2 dimensions"),
+        (2, lambda t: t[:, :0], "at least one hidden unit"),
+        (3, lambda t: t[0], "weight_ih of 2 dimensions"),
+        (3, lambda t: t[1:], r"weight_ih of shape \[76, 7\], got \[75, 7\]"),
+        (4, lambda t: t.double(), "weight_hh of dtype Float, got Double"),
+        (5, lambda t: None, "both biases or neither"),
+        (6, lambda t: t[1:], r"bias_hh of shape \[76\], got \[75\]"),
+    ],
+)
+def test_errors_of_a_step(place, change, message):
+    step = step_of()
+    step[place] = change(step[place])
+    with pytest.raises(ValueError, match=r"llmkern\.lstm: expected " + message):
+        ops.lstm_step.default(*step)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda t: t[1:], r"grad_h of shape \[3, 19\], got \[2, 19\]"),
+        (1, lambda t: t.double(), "grad_c of dtype Float, got Double"),
+        (5, lambda t: t[1:], r"saved of shape \[1140\], got \[1139\]"),
+        (5, lambda t: t.view(torch.int8), "saved of dtype Byte, got Char"),
+        (
+            6,
+            lambda t: t[1:],
+            "packed to be what lstm_pack makes of weights with I, H, P = 7, 19, 19",
+        ),
+    ],
+)
+def test_errors_of_a_step_backward(place, change, message):
+    step = step_of()
+    packed = ops.lstm_pack_backward.default(*step[3:5])
+    saved = ops.lstm_step.default(*step)[2]
+    arguments = [*gradients_of(torch.float32, 3, 19), *step[2:5], saved, packed]
+    arguments[place] = change(arguments[place])
+    with pytest.raises(ValueError, match=r"llmkern\.lstm: expected " + message):
+        ops.lstm_step_backward.default(*arguments)
+
+
 assert llmkern.ops  # registers the operators

@@ -138,9 +138,11 @@ void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& 
 }
 
 template <class T>
-void execute(const LstmPackedBytes<T>& a, const Parallel&) {
-  with_operand<T>(a.packing == LstmPacking::kQuantised, a.I, a.P,
-                  [&](auto op) { *a.bytes = packed_bytes<decltype(op)>(a.packing, a.I, a.H, a.P); });
+void execute(const LstmPackedLayout<T>& a, const Parallel&) {
+  with_operand<T>(a.packing == LstmPacking::kQuantised, a.I, a.P, [&](auto op) {
+    *a.header = header_of<decltype(op)>(a.packing, a.I, a.H, a.P);
+    *a.bytes = packed_bytes<decltype(op)>(a.packing, a.I, a.H, a.P);
+  });
 }
 
 template <class T>
@@ -269,10 +271,10 @@ void run(const Args& args, const Parallel& parallel) {
   execute(args, parallel);
 }
 
-template void run(const LstmPackedBytes<float>&, const Parallel&);
-template void run(const LstmPackedBytes<double>&, const Parallel&);
-template void run(const LstmPackedBytes<bfloat16>&, const Parallel&);
-template void run(const LstmPackedBytes<float16>&, const Parallel&);
+template void run(const LstmPackedLayout<float>&, const Parallel&);
+template void run(const LstmPackedLayout<double>&, const Parallel&);
+template void run(const LstmPackedLayout<bfloat16>&, const Parallel&);
+template void run(const LstmPackedLayout<float16>&, const Parallel&);
 template void run(const LstmPack<float>&, const Parallel&);
 template void run(const LstmPack<double>&, const Parallel&);
 template void run(const LstmPack<bfloat16>&, const Parallel&);

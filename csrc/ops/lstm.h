@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the bindings of the LSTM share: lstm.cpp and lstm_packed.cpp.
+#pragma once
+
+#include "kernels/lstm.h"
+#include "ops/tensors.h"
+
+namespace llmkern::ops {
+
+constexpr const char* kLstm = "lstm";
+
+struct LstmSizes {
+  int64_t T, B, I, H, P;
+};
+
+inline void check_parameter(const char* name, const OptionalTensor& tensor, ScalarType dtype,
+                            std::initializer_list<int64_t> shape) {
+  if (!tensor.has_value()) return;
+  check_shape(kLstm, name, *tensor, shape);
+  check_dtype(kLstm, name, *tensor, dtype);
+}
+
+// What lstm_pack has made of a layer's weights, or null where that was for another instruction set than the one in use.
+// Its header is the caller's promise that these are the layer's weights; its size is not.
+const void* packed_weights(const OptionalTensor& packed, LstmPacking packing, const LstmSizes& n, ScalarType dtype);
+
+// How weights of that dtype are packed for a forward pass over input of the other one.
+inline LstmPacking forward_packing(ScalarType packed, ScalarType input) {
+  const bool quantised = packed == ScalarType::Char && input == ScalarType::Float;
+  return quantised ? LstmPacking::kQuantised : LstmPacking::kForward;
+}
+
+}  // namespace llmkern::ops

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.llmkern.lstm_pack: weights in the order in which the kernels read them; and lstm_layers, which needs no
+// others: all layers of a module in one call, for steps that take less time than a call.
+#include <cstring>
+#include <tuple>
+
+#include "ops/lstm.h"
+
+#ifndef LLMKERN_SIMT
+
+namespace llmkern::ops {
+
+namespace {
+
+int64_t bytes_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Char:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+struct Layout {
+  LstmPackHeader header;
+  int64_t bytes;
+};
+
+// That of packed weights under the instruction set in use.
+Layout layout_of(ScalarType dtype, LstmPacking packing, int64_t I, int64_t H, int64_t P) {
+  Layout layout;
+  const auto ask = [&](auto value) {
+    cpu::run(LstmPackedLayout<decltype(value)>{packing, I, H, P, &layout.header, &layout.bytes}, torch_parallel());
+  };
+  switch (dtype) {
+    case ScalarType::Double:
+      ask(double{});
+      break;
+    case ScalarType::Float:
+      ask(float{});
+      break;
+    case ScalarType::BFloat16:
+      ask(bfloat16{});
+      break;
+    default:
+      ask(float16{});
+  }
+  return layout;
+}
+
+Tensor packed_for(LstmPacking packing, const Tensor& weight_ih_any, const Tensor& weight_hh_any) {
+  check_dim(kLstm, "weight_ih", weight_ih_any, 2);
+  check_dim(kLstm, "weight_hh", weight_hh_any, 2);
+  const int64_t I = weight_ih_any.size(1), H = weight_hh_any.size(0) / 4, P = weight_hh_any.size(1);
+  const ScalarType dtype = weight_hh_any.scalar_type();
+  check_shape(kLstm, "weight_hh", weight_hh_any, {4 * H, P});
+  check_shape(kLstm, "weight_ih", weight_ih_any, {4 * H, I});
+  check_dtype(kLstm, "weight_ih", weight_ih_any, dtype);
+  const bool quantised = packing == LstmPacking::kQuantised;
+  if (quantised) check_dtype(kLstm, "weights of 8 bits made of one", weight_hh_any, ScalarType::Float);
+  const Tensor weight_ih = row_major(weight_ih_any), weight_hh = row_major(weight_hh_any);
+  Tensor packed;
+  for_storage_dtype(kLstm, "weight_hh", weight_hh, [&](auto value) {
+    using T = decltype(value);
+    const ScalarType kept = quantised ? ScalarType::Char : dtype;
+    packed = empty(weight_hh, {layout_of(dtype, packing, I, H, P).bytes / bytes_of(kept)}, kept);
+    cpu::run(LstmPack<T>{data<T>(weight_ih), data<T>(weight_hh), packing, packed.mutable_data_ptr(), I, H, P},
+             torch_parallel());
+  });
+  return packed;
+}
+
+Tensor lstm_pack_cpu(const Tensor& weight_ih, const Tensor& weight_hh, bool quantised) {
+  return packed_for(quantised ? LstmPacking::kQuantised : LstmPacking::kForward, weight_ih, weight_hh);
+}
+
+Tensor lstm_pack_backward_cpu(const Tensor& weight_ih, const Tensor& weight_hh) {
+  return packed_for(LstmPacking::kBackward, weight_ih, weight_hh);
+}
+
+LstmPackHeader header_in(const Tensor& packed) {
+  LstmPackHeader header = {};
+  const int64_t bytes = packed.numel() * bytes_of(packed.scalar_type());
+  if (bytes >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed.const_data_ptr(), sizeof header);
+  return header;
+}
+
+// What lstm_layers takes as `packed`: for one layer after the other what lstm_pack has made of its weights and, where
+// it has any, both biases, filled up to a multiple of 64 bytes.
+class PackedLayers {
+ public:
+  struct Layer {
+    const char *weights, *bias_ih, *bias_hh;
+  };
+
+  PackedLayers(const Tensor& packed, ScalarType dtype, bool has_bias)
+      : packing_(forward_packing(packed.scalar_type(), dtype)), dtype_(dtype), has_bias_(has_bias) {
+    if (!is_quantised()) check_dtype(kLstm, "packed", packed, dtype);
+    if (!packed.is_contiguous()) fail(kLstm, "expected contiguous packed weights, got shape ", shape_text(packed));
+    at_ = static_cast<const char*>(packed.const_data_ptr());
+    left_ = packed.numel() * bytes_of(packed.scalar_type());
+  }
+
+  bool is_quantised() const { return packing_ == LstmPacking::kQuantised; }
+
+  Layer next(int64_t I, int64_t H) {
+    const Layout layout = layout_of(dtype_, packing_, I, H, H);
+    const int64_t bias = 4 * H * bytes_of(dtype_), size = layout.bytes + (has_bias_ ? (2 * bias + 63) / 64 * 64 : 0);
+    if (left_ < size || std::memcmp(at_, &layout.header, sizeof layout.header) != 0) {
+      fail(kLstm, "expected packed to hold layers with I, H = ", I, ", ", H, " for the instruction set in use");
+    }
+    const char *weights = at_, *biases = at_ + layout.bytes;
+    at_ += size;
+    left_ -= size;
+    if (!has_bias_) return {weights, nullptr, nullptr};
+    return {weights, biases, biases + bias};
+  }
+
+ private:
+  LstmPacking packing_;
+  ScalarType dtype_;
+  bool has_bias_;
+  const char* at_;
+  int64_t left_;
+};
+
+// Plain layers, each on the outputs of the one below. Where they run for one step, these are its h_n.
+template <class T>
+struct Layers {
+  LstmSizes n;  // I: of the first
+  int64_t count;
+  const T *input, *h_0, *c_0;
+  T *output, *h_n, *c_n;
+  T* between[2];  // [T, B, H] each, where there is more than one of steps and layers
+
+  void run(PackedLayers packed) const {
+    const T* from = input;
+    for (int64_t l = 0; l < count; ++l) {
+      const int64_t state = l * n.B * n.H, I = l == 0 ? n.I : n.H;
+      const PackedLayers::Layer layer = packed.next(I, n.H);
+      LstmForward<T> a = {};
+      a.input = from;
+      a.h_0 = h_0 + state;
+      a.c_0 = c_0 + state;
+      a.bias_ih = reinterpret_cast<const T*>(layer.bias_ih);
+      a.bias_hh = reinterpret_cast<const T*>(layer.bias_hh);
+      a.packed = layer.weights;
+      a.quantised = packed.is_quantised();
+      a.h_n = h_n + state;
+      a.c_n = c_n + state;
+      a.output = l == count - 1 ? output : n.T == 1 ? a.h_n : between[l % 2];
+      a.steps = n.T, a.B = n.B, a.I = I, a.H = a.P = n.H;
+      cpu::run(a, torch_parallel());
+      from = a.output;
+    }
+  }
+};
+
+void check_states(const char* name, const Tensor& states, const Tensor& input, int64_t layers, int64_t B, int64_t H) {
+  if (input.dim() == 2) return check_parameter(name, states, input.scalar_type(), {layers, H});
+  check_parameter(name, states, input.scalar_type(), {layers, B, H});
+}
+
+Tensor empty_states(const Tensor& input, int64_t layers, int64_t B, int64_t H) {
+  return input.dim() == 2 ? empty(input, {layers, H}) : empty(input, {layers, B, H});
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_layers_cpu(const Tensor& input_any, const Tensor& h_0_any,
+                                                   const Tensor& c_0_any, const Tensor& packed, bool has_bias,
+                                                   bool batch_first) {
+  const bool batched = input_any.dim() == 3;
+  if (!batched) check_dim(kLstm, "input", input_any, 2);
+  check_dim(kLstm, "h_0", h_0_any, batched ? 3 : 2);
+  const int64_t layers = h_0_any.size(0), H = h_0_any.size(batched ? 2 : 1), I = input_any.size(batched ? 2 : 1);
+  const int64_t first = input_any.size(0), second = batched ? input_any.size(1) : 1;
+  const bool rows_first = batched && batch_first;
+  const LstmSizes n = {rows_first ? second : first, rows_first ? first : second, I, H, H};
+  const ScalarType dtype = input_any.scalar_type();
+  if (n.T == 0) fail(kLstm, "expected at least one time step, got input of shape ", shape_text(input_any));
+  if (layers * H == 0) fail(kLstm, "expected at least one hidden unit, got h_0 of shape ", shape_text(h_0_any));
+  check_states("h_0", h_0_any, input_any, layers, n.B, H);
+  check_states("c_0", c_0_any, input_any, layers, n.B, H);
+  // Steps and rows lie in memory the same either way round where there is one of either.
+  const bool swapped = rows_first && n.T > 1 && n.B > 1;
+  const Tensor input = row_major(swapped ? torch::stable::transpose(input_any, 0, 1) : input_any);
+  const Tensor h_0 = row_major(h_0_any), c_0 = row_major(c_0_any);
+  const Tensor output = swapped   ? empty(input, {n.T, n.B, H})
+                        : batched ? empty(input, {first, second, H})
+                                  : empty(input, {first, H});
+  const Tensor h_n = empty_states(input, layers, n.B, H), c_n = empty_states(input, layers, n.B, H);
+  std::optional<Tensor> between[2];
+  for (int64_t l = 0; n.T > 1 && l < layers - 1 && l < 2; ++l) between[l] = empty(input, {n.T, n.B, H});
+  for_storage_dtype(kLstm, "input", input, [&](auto value) {
+    using T = decltype(value);
+    const auto memory = [](const OptionalTensor& tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
+    const Layers<T> run = {n,
+                           layers,
+                           data<T>(input),
+                           data<T>(h_0),
+                           data<T>(c_0),
+                           mutable_data<T>(output),
+                           mutable_data<T>(h_n),
+                           mutable_data<T>(c_n),
+                           {memory(between[0]), memory(between[1])}};
+    run.run(PackedLayers(packed, dtype, has_bias));
+  });
+  return {swapped ? torch::stable::transpose(output, 0, 1) : output, h_n, c_n};
+}
+
+}  // namespace
+
+const void* packed_weights(const OptionalTensor& packed, LstmPacking packing, const LstmSizes& n, ScalarType dtype) {
+  if (!packed.has_value()) return nullptr;
+  if (packing != LstmPacking::kQuantised) check_dtype(kLstm, "packed", *packed, dtype);
+  const LstmPackHeader header = header_in(*packed);
+  if (header.magic != kLstmPackMagic || header.I != n.I || header.H != n.H || header.P != n.P) {
+    fail(kLstm, "expected packed to be what lstm_pack makes of weights with I, H, P = ", n.I, ", ", n.H, ", ", n.P,
+         ", got another tensor of shape ", shape_text(*packed));
+  }
+  const Layout layout = layout_of(dtype, packing, n.I, n.H, n.P);
+  const bool same = packed->numel() * bytes_of(packed->scalar_type()) == layout.bytes && packed->is_contiguous();
+  return same && std::memcmp(&header, &layout.header, sizeof header) == 0 ? packed->const_data_ptr() : nullptr;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
+  m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh, bool quantised=False) -> Tensor");
+  m.def("lstm_pack_backward(Tensor weight_ih, Tensor weight_hh) -> Tensor");
+  m.def(
+      "lstm_layers(Tensor input, Tensor h_0, Tensor c_0, Tensor packed, bool has_bias, bool batch_first=False) -> "
+      "(Tensor output, Tensor h_n, Tensor c_n)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
+  m.impl("lstm_pack", TORCH_BOX(&lstm_pack_cpu));
+  m.impl("lstm_pack_backward", TORCH_BOX(&lstm_pack_backward_cpu));
+  m.impl("lstm_layers", TORCH_BOX(&lstm_layers_cpu));
+}
+
+}  // namespace llmkern::ops
+
+#endif
