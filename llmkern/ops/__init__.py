@@ -3,19 +3,31 @@
 
 from llmkern.ops._deferred import raise_deferred_errors
 from llmkern.ops.cross_entropy import linear_cross_entropy
+from llmkern.ops.decoding import (
+    BeamCandidates,
+    Verified,
+    beam_search_step,
+    multinomial,
+    speculative_verify,
+)
 from llmkern.ops.dropout import dropout
 from llmkern.ops.embedding import embedding
 from llmkern.ops.lstm import lstm, lstm_cell, lstm_pack
 from llmkern.ops.sampling import SampleOutput, sample
 
 __all__ = [
+    "BeamCandidates",
     "SampleOutput",
+    "Verified",
+    "beam_search_step",
     "dropout",
     "embedding",
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",
     "lstm_pack",
+    "multinomial",
     "raise_deferred_errors",
     "sample",
+    "speculative_verify",
 ]

@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+// Many draws from one row on the CPU; the contract is in kernels/decoding.h.
+//
+// Masses are not kept, only sums of them: of every 64 categories, of 64 of these, and so on. A draw walks down and
+// computes the last 64 again; taking a category out sets its bit in a word that those 64 share.
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/cpu/rows.h"
+#include "kernels/cpu/scratch.h"
+#include "kernels/decoding.h"
+#include "kernels/run.h"
+
+namespace llmkern::cpu::LLMKERN_ISA {
+
+namespace {
+
+constexpr int64_t kFan = 64;    // categories a word of bits, and sums a sum
+constexpr int kMostLevels = 6;  // 64^6 > kMaxCategories
+constexpr int64_t kGrainDraws = 1 << 8;
+
+// What a row's elements are: values of float or double, at least kNone, which has no mass. Keys order them as unsigned
+// integers, bad ones last.
+template <class T>
+struct Weights {
+  using Value = Widened<T>;
+  static constexpr Value kNone = 0;
+  double scale, rest;  // mass = value * scale * rest: 2^(k-e) alone may be beyond float64
+
+  void fit(Value maximum, int bits) {
+    int e;
+    std::frexp(static_cast<double>(maximum), &e);
+    const int half = (bits - e) / 2;
+    scale = std::ldexp(1.0, half);
+    rest = std::ldexp(1.0, bits - e - half);
+  }
+
+  uint64_t mass(Value w) const {
+    return double_to_bits(static_cast<double>(w) * scale * rest + 0x1p52) & 0xfffffffffffffull;  // the addition rounds
+  }
+
+  static Value from(T x) { return widen(x) + 0; }  // -0 becomes 0
+  static bool is_bad(Value w) { return !(w >= 0 && w < static_cast<Value>(INFINITY)); }
+};
+
+template <class T>
+struct Logits {
+  using Value = float;
+  static constexpr Value kNone = -INFINITY;
+  float maximum;
+
+  void fit(Value largest, int) { maximum = largest; }
+  uint64_t mass(Value z) const { return round_to_integer(mass_as_float(z, maximum)); }
+
+  static Value from(T x) { return z_of(x); }
+  static bool is_bad(Value z) { return z != z; }
+};
+
+// Sums of the masses of a row: of kFan categories, of kFan of those sums, ... of all.
+struct Tree {
+  uint64_t* level[kMostLevels];
+  int64_t size[kMostLevels];
+  int levels;
+  uint64_t total;
+};
+
+int64_t tree_size(int64_t V) {
+  int64_t total = 0;
+  do {
+    V = (V + kFan - 1) / kFan;
+    total += V;
+  } while (V > kFan);
+  return total;
+}
+
+Tree make_tree(int64_t V, uint64_t* memory) {
+  Tree tree = {};
+  do {
+    V = (V + kFan - 1) / kFan;
+    tree.level[tree.levels] = memory;
+    tree.size[tree.levels++] = V;
+    memory += V;
+  } while (V > kFan);
+  return tree;
+}
+
+template <class T, class Kind>
+class Row {
+ public:
+  using Value = typename Kind::Value;
+
+  // removed: a bit a category, or null when none ever is.
+  Row(const T* from, int64_t V, int bits, uint64_t* memory, uint64_t* removed)
+      : from_(from), V_(V), bits_(bits), tree_(make_tree(V, memory)), removed_(removed) {
+    if (removed != nullptr) memset(removed, 0, static_cast<size_t>(tree_.size[0]) * sizeof(uint64_t));
+  }
+
+  uint64_t total() const { return tree_.total; }
+
+  // Masses by the largest value that is left; `needed` values must have one.
+  RowFault build(int64_t needed) {
+    int64_t count = 0;
+    Value maximum = Kind::kNone;
+    for (int64_t block = 0; block < tree_.size[0]; ++block) {
+      Value values[kFan];
+      load(block, values);
+      int32_t bad = 0, above = 0;
+      for (Value x : values) {
+        bad += Kind::is_bad(x);
+        above += x > Kind::kNone;
+      }
+      if (bad > 0) return RowFault::kBadValue;
+      count += above;
+      for (Value x : values) maximum = x > maximum ? x : maximum;
+    }
+    if (count == 0) return RowFault::kNothing;
+    if (count < needed) return RowFault::kTooFew;
+    kind_.fit(maximum, bits_);
+    add_up();
+    return RowFault::kNone;
+  }
+
+  // The category whose running mass is the first to exceed the target, and its mass.
+  int64_t find(uint64_t target, uint64_t* mass) const {
+    int64_t at = 0;
+    for (int l = tree_.levels - 1; l >= 0; --l) {
+      at *= kFan;
+      const uint64_t* sums = tree_.level[l];
+      while (sums[at] <= target) target -= sums[at++];
+    }
+    uint64_t in_block[kFan];
+    masses(at, in_block);
+    int64_t i = 0;
+    while (in_block[i] <= target) target -= in_block[i++];
+    *mass = in_block[i];
+    return at * kFan + i;
+  }
+
+  void remove(int64_t v, uint64_t mass) {
+    removed_[v / kFan] |= uint64_t{1} << (v % kFan);
+    for (int l = 0; l < tree_.levels; ++l) tree_.level[l][v /= kFan] -= mass;
+    tree_.total -= mass;
+  }
+
+ private:
+  void load(int64_t block, Value (&values)[kFan]) const {
+    const int64_t begin = block * kFan, count = V_ - begin < kFan ? V_ - begin : kFan;
+    for (int64_t i = 0; i < count; ++i) values[i] = Kind::from(from_[begin + i]);
+    for (int64_t i = count; i < kFan; ++i) values[i] = Kind::kNone;
+    if (removed_ == nullptr) return;
+    for (uint64_t bits = removed_[block]; bits != 0; bits &= bits - 1) values[__builtin_ctzll(bits)] = Kind::kNone;
+  }
+
+  void masses(int64_t block, uint64_t (&out)[kFan]) const {
+    Value values[kFan];
+    load(block, values);
+    for (int64_t i = 0; i < kFan; ++i) out[i] = kind_.mass(values[i]);
+  }
+
+  void add_up() {
+    for (int64_t block = 0; block < tree_.size[0]; ++block) {
+      uint64_t mass[kFan], sum = 0;
+      masses(block, mass);
+      for (uint64_t m : mass) sum += m;
+      tree_.level[0][block] = sum;
+    }
+    for (int l = 1; l < tree_.levels; ++l) {
+      for (int64_t i = 0; i < tree_.size[l]; ++i) tree_.level[l][i] = sum_of(l - 1, i * kFan);
+    }
+    tree_.total = sum_of(tree_.levels - 1, 0);
+  }
+
+  uint64_t sum_of(int l, int64_t begin) const {
+    const int64_t end = begin + kFan < tree_.size[l] ? begin + kFan : tree_.size[l];
+    uint64_t sum = 0;
+    for (int64_t i = begin; i < end; ++i) sum += tree_.level[l][i];
+    return sum;
+  }
+
+  const T* from_;
+  int64_t V_;
+  int bits_;
+  Kind kind_;
+  Tree tree_;
+  uint64_t* removed_;
+};
+
+template <class T>
+uint64_t random(const Multinomial<T>& a, int64_t b, int64_t i) {
+  const uint64_t seed = static_cast<uint64_t>(a.seeds[b * a.seed_stride]);
+  return multinomial_u64(seed, static_cast<uint64_t>(a.positions[b]), i);
+}
+
+template <class Kind, class T>
+void draw_with_replacement(const Multinomial<T>& a, int bits, const Parallel& parallel) {
+  const int64_t size = tree_size(a.V);
+  const Buffer<uint64_t> trees(a.B * size);
+  const Buffer<Row<T, Kind>> rows(a.B);
+  parallel(a.B, kGrainTokens / a.V + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      Row<T, Kind> row(a.input + b * a.stride, a.V, bits, trees.data() + b * size, nullptr);
+      a.fault[b] = row.build(1);
+      rows[b] = row;
+    }
+  });
+  parallel(a.B * a.n, kGrainDraws, [&](int64_t begin, int64_t end) {
+    for (int64_t draw = begin; draw < end; ++draw) {
+      const int64_t b = draw / a.n;
+      if (a.fault[b] != RowFault::kNone) continue;
+      uint64_t mass;
+      a.token[draw] = rows[b].find(multiply_high(random(a, b, draw - b * a.n), rows[b].total()), &mass);
+    }
+  });
+}
+
+template <class Kind, class T>
+RowFault draw_without_replacement(const Multinomial<T>& a, int64_t b, int bits) {
+  const int64_t size = tree_size(a.V);
+  uint64_t* memory = scratch<uint64_t>(Slot::kKernel, size + (a.V + kFan - 1) / kFan);
+  Row<T, Kind> row(a.input + b * a.stride, a.V, bits, memory, memory + size);
+  const RowFault fault = row.build(a.n);
+  if (fault != RowFault::kNone) return fault;
+  for (int64_t i = 0; i < a.n; ++i) {
+    if (row.total() < uint64_t{1} << (bits - 8)) row.build(1);
+    uint64_t mass;
+    const int64_t v = row.find(multiply_high(random(a, b, i), row.total()), &mass);
+    row.remove(v, mass);
+    a.token[b * a.n + i] = v;
+  }
+  return RowFault::kNone;
+}
+
+template <class Kind, class T>
+void draw(const Multinomial<T>& a, int bits, const Parallel& parallel) {
+  if (a.replacement || a.n == 1) return draw_with_replacement<Kind>(a, bits, parallel);
+  parallel(a.B, kGrainTokens / (a.V + a.n) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) a.fault[b] = draw_without_replacement<Kind>(a, b, bits);
+  });
+}
+
+template <class T>
+void execute(const Multinomial<T>& a, const Parallel& parallel) {
+  if (a.from_logits) return draw<Logits<T>>(a, kMassBits, parallel);
+  draw<Weights<T>>(a, multinomial_bits(a.V), parallel);
+}
+
+}  // namespace
+
+template <class Args>
+void run(const Args& args, const Parallel& parallel) {
+  execute(args, parallel);
+}
+
+template void run(const Multinomial<float>&, const Parallel&);
+template void run(const Multinomial<double>&, const Parallel&);
+template void run(const Multinomial<bfloat16>&, const Parallel&);
+template void run(const Multinomial<float16>&, const Parallel&);
+
+}  // namespace llmkern::cpu::LLMKERN_ISA
