@@ -2,6 +2,8 @@
 // Decoding as kernels/decoding.h states it: whole rows, sorted orders, running sums, integers wide enough.
 #include "kernels/decoding.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cfloat>
 #include <cmath>

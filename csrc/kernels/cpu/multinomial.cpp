@@ -6,6 +6,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/scratch.h"
@@ -20,41 +21,61 @@ constexpr int64_t kFan = 64;    // categories a word of bits, and sums a sum
 constexpr int kMostLevels = 6;  // 64^6 > kMaxCategories
 constexpr int64_t kGrainDraws = 1 << 8;
 
-// What a row's elements are: values of float or double, at least kNone, which has no mass. Keys order them as unsigned
-// integers, bad ones last.
+// What a row's elements are. A value's key orders it as an integer: kNothing has no mass, and those from kBad on are
+// bad. Integers, because a maximum of floats is not vectorised: it would have to care about NaN.
 template <class T>
 struct Weights {
   using Value = Widened<T>;
-  static constexpr Value kNone = 0;
-  double scale, rest;  // mass = value * scale * rest: 2^(k-e) alone may be beyond float64
+  using Key = std::conditional_t<sizeof(Value) == 8, uint64_t, uint32_t>;
+  static constexpr Key kNothing = 0, kBad = sizeof(Value) == 8 ? Key(0x7ff0000000000000ull) : Key(0x7f800000u);
+  double scale, rest;  // mass = value * scale * rest: for a float64 2^(k-e) alone may be out of range
 
   void fit(Value maximum, int bits) {
     int e;
     std::frexp(static_cast<double>(maximum), &e);
-    const int half = (bits - e) / 2;
-    scale = std::ldexp(1.0, half);
-    rest = std::ldexp(1.0, bits - e - half);
+    const int first = sizeof(Value) == 8 ? (bits - e) / 2 : bits - e;
+    scale = std::ldexp(1.0, first);
+    rest = std::ldexp(1.0, bits - e - first);
   }
 
   uint64_t mass(Value w) const {
-    return double_to_bits(static_cast<double>(w) * scale * rest + 0x1p52) & 0xfffffffffffffull;  // the addition rounds
+    double scaled = static_cast<double>(w) * scale;
+    if constexpr (sizeof(Value) == 8) scaled *= rest;
+    return double_to_bits(scaled + 0x1p52) & 0xfffffffffffffull;  // the addition rounds
   }
 
-  static Value from(T x) { return widen(x) + 0; }  // -0 becomes 0
-  static bool is_bad(Value w) { return !(w >= 0 && w < static_cast<Value>(INFINITY)); }
+  static void load(const T* from, int64_t count, Value (&values)[kFan]) {
+    convert(values, from, count);
+    for (int64_t i = count; i < kFan; ++i) values[i] = 0;
+    for (Value& w : values) w += 0;  // -0 becomes 0
+  }
+
+  // The bits: a negative number's are above infinity's.
+  static Key key(Value w) {
+    Key bits;
+    memcpy(&bits, &w, sizeof bits);
+    return bits;
+  }
+  static Value value(Key bits) {
+    Value w;
+    memcpy(&w, &bits, sizeof w);
+    return w;
+  }
 };
 
 template <class T>
 struct Logits {
   using Value = float;
-  static constexpr Value kNone = -INFINITY;
+  using Key = int32_t;
+  static constexpr Key kNothing = static_cast<Key>(0x807fffffu), kBad = 0x7f800001;  // -inf; above inf
   float maximum;
 
   void fit(Value largest, int) { maximum = largest; }
   uint64_t mass(Value z) const { return round_to_integer(mass_as_float(z, maximum)); }
 
-  static Value from(T x) { return z_of(x); }
-  static bool is_bad(Value z) { return z != z; }
+  static void load(const T* from, int64_t count, Value (&values)[kFan]) { load_z(from, count, values); }
+  static Key key(Value z) { return z == z ? ordered(z) : kBad; }
+  static Value value(Key key) { return from_ordered(key); }
 };
 
 // Sums of the masses of a row: of kFan categories, of kFan of those sums, ... of all.
@@ -89,6 +110,7 @@ template <class T, class Kind>
 class Row {
  public:
   using Value = typename Kind::Value;
+  using Key = typename Kind::Key;
 
   // removed: a bit a category, or null when none ever is.
   Row(const T* from, int64_t V, int bits, uint64_t* memory, uint64_t* removed)
@@ -100,23 +122,28 @@ class Row {
 
   // Masses by the largest value that is left; `needed` values must have one.
   RowFault build(int64_t needed) {
-    int64_t count = 0;
-    Value maximum = Kind::kNone;
+    Key best[kFan];
+    int32_t above[kFan] = {};
+    for (Key& key : best) key = Kind::kNothing;
     for (int64_t block = 0; block < tree_.size[0]; ++block) {
       Value values[kFan];
       load(block, values);
-      int32_t bad = 0, above = 0;
-      for (Value x : values) {
-        bad += Kind::is_bad(x);
-        above += x > Kind::kNone;
+      for (int64_t i = 0; i < kFan; ++i) {
+        const Key key = Kind::key(values[i]);
+        best[i] = key > best[i] ? key : best[i];
+        above[i] += key > Kind::kNothing;
       }
-      if (bad > 0) return RowFault::kBadValue;
-      count += above;
-      for (Value x : values) maximum = x > maximum ? x : maximum;
     }
+    int64_t count = 0;
+    Key maximum = Kind::kNothing;
+    for (int64_t i = 0; i < kFan; ++i) {
+      count += above[i];
+      maximum = best[i] > maximum ? best[i] : maximum;
+    }
+    if (maximum >= Kind::kBad) return RowFault::kBadValue;
     if (count == 0) return RowFault::kNothing;
     if (count < needed) return RowFault::kTooFew;
-    kind_.fit(maximum, bits_);
+    kind_.fit(Kind::value(maximum), bits_);
     add_up();
     return RowFault::kNone;
   }
@@ -146,10 +173,10 @@ class Row {
  private:
   void load(int64_t block, Value (&values)[kFan]) const {
     const int64_t begin = block * kFan, count = V_ - begin < kFan ? V_ - begin : kFan;
-    for (int64_t i = 0; i < count; ++i) values[i] = Kind::from(from_[begin + i]);
-    for (int64_t i = count; i < kFan; ++i) values[i] = Kind::kNone;
+    Kind::load(from_ + begin, count, values);
     if (removed_ == nullptr) return;
-    for (uint64_t bits = removed_[block]; bits != 0; bits &= bits - 1) values[__builtin_ctzll(bits)] = Kind::kNone;
+    for (uint64_t bits = removed_[block]; bits != 0; bits &= bits - 1)
+      values[__builtin_ctzll(bits)] = Kind::value(Kind::kNothing);
   }
 
   void masses(int64_t block, uint64_t (&out)[kFan]) const {

@@ -62,21 +62,37 @@ inline void masses_of_block(const float (&z)[kRowBlock], float maximum, float (&
   for (int64_t i = 0; i < kRowBlock; ++i) mass[i] = mass_as_float(z[i], maximum);
 }
 
-// NaN when one is.
-inline float maximum_of_block(const float (&z)[kRowBlock]) {
-  FloatVec best = load(z);
+// The largest of a whole block, NaN when one is.
+template <class T>
+inline float maximum_of_block(const T* x) {
+  FloatVec best = load_wide(x);
   IntVec is_nan = best != best;
   for (int64_t i = kLanes<float>; i < kRowBlock; i += kLanes<float>) {
-    const FloatVec x = load(z + i);
-    is_nan |= x != x;
-    best = max(x, best);
+    const FloatVec next = load_wide(x + i);
+    is_nan |= next != next;
+    best = max(next, best);
   }
-  float lanes[kLanes<float>];
   best = is_nan ? broadcast(NAN) : best;
+  float lanes[kLanes<float>];
   store(lanes, best);
-  float m = lanes[0];
-  for (float x : lanes) m = x > m || x != x ? x : m;
-  return m;
+  for (int width = kLanes<float> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) {
+      const float other = lanes[i + width];
+      lanes[i] = other > lanes[i] || other != other ? other : lanes[i];
+    }
+  }
+  return lanes[0];
+}
+
+// Of the first `count` elements of it.
+template <class T>
+inline float maximum_of_block(const T* x, int64_t count) {
+  if constexpr (sizeof(T) < 8) {
+    if (count == kRowBlock) return maximum_of_block(x);
+  }
+  float z[kRowBlock];
+  load_z(x, count, z);
+  return maximum_of_block(z);
 }
 
 // The largest z, NaN when one is. block_maxima: null, or one for every block.
@@ -84,9 +100,7 @@ template <class T>
 float maximum_of_row(const T* logits, int64_t V, float* block_maxima) {
   float m = -INFINITY;
   for (int64_t block = 0; block < row_blocks(V); ++block) {
-    float z[kRowBlock];
-    load_z(logits + block * kRowBlock, row_block_size(block, V), z);
-    const float of_block = maximum_of_block(z);
+    const float of_block = clamped(maximum_of_block(logits + block * kRowBlock, row_block_size(block, V)));
     if (block_maxima != nullptr) block_maxima[block] = of_block;
     if (of_block != of_block) return of_block;
     m = of_block > m ? of_block : m;
