@@ -50,8 +50,8 @@ struct BeamSearchStep {
 //   1. Where the draft has ended, i = n or draft_ids[b, i] = -1: one draw from p, and the end.
 //   2. x = draft_ids[b, i] is accepted if u < p(x) / q(x), that is
 //        floor(u * (mq(x) * Mp) / 2^64) < mp(x) * Mq,   u = philox_u64(seed, kDraftTest, position + i).
-//   3. Otherwise one draw from the rest, w(v) = max(0, mp(v) * Mq - mq(v) * Mp), and the end. (Sum w > 0: p and q have
-//      the same sum, and w(x) < 0 without the max.)
+//   3. Otherwise one draw from the rest, w(v) = max(0, mp(v) * Mq - mq(v) * Mp), and the end. Nothing is left only
+//      where p and q are the same and x has no mass (its logit is that low): then the draw is from p.
 // A draw, of weights w (or mp) with the sum W: target = floor(u * W / 2^64), u = philox_u64(seed, kDraftReplacement,
 // position + i); the first token, ascending, whose running weight exceeds it. All of this in integers: a weight is
 // below 2^103, W below 2^126.
@@ -60,7 +60,7 @@ struct BeamSearchStep {
 // elsewhere.
 //
 // Out: token [B, n + 1], the accepted ones, then the one drawn, then -1; how many were accepted; logprob under p of
-// each token, NaN where there is none. A row that is needed and invalid or empty ends the chain without a draw: token
+// each token, 0 where there is none. A row that is needed and invalid or empty ends the chain without a draw: token
 // -1 at num_accepted. Rows after the end are not read.
 template <class T>
 struct SpeculativeVerify {

@@ -40,7 +40,7 @@ std::optional<Distribution> distribution(const float* logits, int64_t V) {
   Distribution row;
   for (int64_t v = 0; v < V; ++v) {
     row.d.push_back(std::min(logits[v], FLT_MAX) - maximum);
-    row.mass.push_back(static_cast<uint64_t>(exp_mass(row.d.back())));
+    row.mass.push_back(static_cast<uint64_t>(std::nearbyint(exp_mass(row.d.back()))));
     row.total += row.mass.back();
   }
   return row;
@@ -99,14 +99,15 @@ py::tuple beam_search_step(const Array<float>& logits, const Array<float>& score
   return py::make_tuple(score, beam, token);
 }
 
-// mp * Mq - mq * Mp where it is above 0, for every token.
+// mp * Mq - mq * Mp where it is above 0, for every token; p's masses when it nowhere is.
 std::vector<Wide> rest(const Distribution& p, const Distribution& q) {
   std::vector<Wide> weights;
   for (size_t v = 0; v < p.mass.size(); ++v) {
     const Wide mine = Wide{p.mass[v]} * q.total, theirs = Wide{q.mass[v]} * p.total;
     weights.push_back(mine > theirs ? mine - theirs : 0);
   }
-  return weights;
+  const bool is_empty = std::all_of(weights.begin(), weights.end(), [](Wide w) { return w == 0; });
+  return is_empty ? std::vector<Wide>(p.mass.begin(), p.mass.end()) : weights;
 }
 
 // draft_ids [B, n], draft [B, n, V] or None, target [B, n + 1, V], seeds and positions [B]; returns token [B, n + 1],
@@ -121,7 +122,7 @@ py::tuple speculative_verify(const Array<int64_t>& draft_ids, const std::optiona
   Array<int64_t> token({B, n + 1}), num_accepted({B});
   Array<float> logprob({B, n + 1});
   std::fill_n(token.mutable_data(), token.size(), -1);
-  std::fill_n(logprob.mutable_data(), logprob.size(), NAN);
+  std::fill_n(logprob.mutable_data(), logprob.size(), 0.0f);
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t i = 0; i <= n; ++i) {
       num_accepted.mutable_at(b) = i;

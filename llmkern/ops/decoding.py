@@ -36,7 +36,8 @@ class Verified(NamedTuple):
     num_accepted: Tensor
     """int64 [B]: how many draft tokens were accepted; ``tokens[b, num_accepted[b]]`` is the one that was drawn."""
     logprobs: Tensor
-    """float32 [B, n + 1]: the tokens' log-probabilities under the target; NaN where there is no token."""
+    """float32 [B, n + 1]: the tokens' log-probabilities under the target; 0 where there is no token, so that a row's
+    sum is that of its text."""
     valid: Tensor
     """bool [B]: false where a row that was needed has a NaN or nothing above -inf, so that nothing was drawn from it.
     The tokens before it are good."""
@@ -282,7 +283,7 @@ def _check_num_samples(n: int, V: int, replacement: bool, from_logits: bool) -> 
         raise _checks.ShapeError(
             f"llmkern.multinomial: expected input of 1 to {limit - 1} categories, got {V}"
         )
-    if isinstance(n, float) or isinstance(n, bool):
+    if isinstance(n, (float, bool)):
         raise TypeError(
             f"llmkern.multinomial: expected num_samples to be an int, got {type(n).__name__}"
         )

@@ -240,7 +240,8 @@ struct Rest {
 template <class T>
 Rest rest_of_block(const Distribution<T>& p, const Distribution<T>& q, int64_t block, int64_t V) {
   const int64_t begin = block * kRowBlock, count = row_block_size(block, V);
-  float z[kRowBlock], p_mass[kRowBlock], q_mass[kRowBlock];
+  float z[kRowBlock];
+  uint64_t p_mass[kRowBlock], q_mass[kRowBlock];
   load_z(p.logits + begin, count, z);
   masses_of_block(z, p.maximum, p_mass);
   load_z(q.logits + begin, count, z);
@@ -249,26 +250,26 @@ Rest rest_of_block(const Distribution<T>& p, const Distribution<T>& q, int64_t b
   Rest sum = {0, 0};
   int64_t in_doubt = 0;
   for (int64_t i = 0; i < kRowBlock; ++i) {
-    const double mine = p_mass[i] * q_total, theirs = q_mass[i] * p_total;
+    const double mine = static_cast<double>(p_mass[i]) * q_total, theirs = static_cast<double>(q_mass[i]) * p_total;
     const uint64_t kept = mine > theirs ? ~uint64_t{0} : 0;
-    sum.p += round_to_integer(p_mass[i]) & kept;
-    sum.q += round_to_integer(q_mass[i]) & kept;
+    sum.p += p_mass[i] & kept;
+    sum.q += q_mass[i] & kept;
     in_doubt += std::fabs(mine - theirs) < mine * 0x1p-50;
   }
   if (in_doubt == 0) return sum;
   sum = {0, 0};
   for (int64_t i = 0; i < kRowBlock; ++i) {
-    const uint64_t mp = static_cast<uint64_t>(p_mass[i]), mq = static_cast<uint64_t>(q_mass[i]);
-    if (Wide{mp} * q.total <= Wide{mq} * p.total) continue;
-    sum.p += mp;
-    sum.q += mq;
+    if (Wide{p_mass[i]} * q.total <= Wide{q_mass[i]} * p.total) continue;
+    sum.p += p_mass[i];
+    sum.q += q_mass[i];
   }
   return sum;
 }
 
 // A token of what p has more than q.
 template <class T>
-int64_t draw_rest(const Distribution<T>& p, const Distribution<T>& q, int64_t V, uint64_t u) {
+int64_t draw_rest(const Distribution<T>& p, const Distribution<T>& q, int64_t V, uint64_t u,
+                  const uint64_t* block_mass) {
   const int64_t blocks = row_blocks(V);
   Rest* rest = scratch<Rest>(Slot::kSums, blocks);
   const auto weight = [&](const Rest& r) { return Wide{r.p} * q.total - Wide{r.q} * p.total; };
@@ -277,6 +278,7 @@ int64_t draw_rest(const Distribution<T>& p, const Distribution<T>& q, int64_t V,
     rest[i] = rest_of_block(p, q, i, V);
     total += weight(rest[i]);
   }
+  if (total == 0) return draw(p, u, block_mass);
   Wide target = scaled(u, total);
   int64_t block = 0;
   for (Wide w; (w = weight(rest[block])) <= target; ++block) target -= w;
@@ -309,7 +311,7 @@ void verify_entry(const SpeculativeVerify<T>& a, int64_t b) {
   float* logprob = a.logprob + b * (a.n + 1);
   for (int64_t i = 0; i <= a.n; ++i) {
     token[i] = -1;
-    logprob[i] = NAN;
+    logprob[i] = 0;
   }
   const uint64_t seed = static_cast<uint64_t>(a.seeds[b * a.seed_stride]);
   uint64_t* block_mass = scratch<uint64_t>(Slot::kKernel, row_blocks(a.V));
@@ -335,7 +337,7 @@ void verify_entry(const SpeculativeVerify<T>& a, int64_t b) {
     }
     const uint64_t u = philox_u64(seed, Purpose::kDraftReplacement, index);
     if (id < 0) return emit(draw(p, u, block_mass));
-    return emit(is_certain ? draw_other(p, id, u, block_mass) : draw_rest(p, q, a.V, u));
+    return emit(is_certain ? draw_other(p, id, u, block_mass) : draw_rest(p, q, a.V, u, block_mass));
   }
 }
 

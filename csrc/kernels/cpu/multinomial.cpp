@@ -71,7 +71,7 @@ struct Logits {
   float maximum;
 
   void fit(Value largest, int) { maximum = largest; }
-  uint64_t mass(Value z) const { return round_to_integer(mass_as_float(z, maximum)); }
+  uint64_t mass(Value z) const { return mass_of(z, maximum); }
 
   static void load(const T* from, int64_t count, Value (&values)[kFan]) { load_z(from, count, values); }
   static Key key(Value z) { return z == z ? ordered(z) : kBad; }

@@ -41,10 +41,10 @@ inline float z_of(T logit) {
   return clamped(static_cast<float>(widen(logit)));
 }
 
-// round(2^40 * exp(z - maximum)).
-inline float mass_as_float(float z, float maximum) { return exp_mass(z - maximum); }
+// 2^40 * exp(z - maximum); its rounding to an integer is the token's mass.
+inline float unrounded_mass(float z, float maximum) { return exp_mass(z - maximum); }
 
-inline uint64_t mass_of(float z, float maximum) { return static_cast<uint64_t>(mass_as_float(z, maximum)); }
+inline uint64_t mass_of(float z, float maximum) { return round_to_integer(unrounded_mass(z, maximum)); }
 
 // z of `count` tokens, at most `size`; up to there -inf.
 template <int64_t size, class T>
@@ -58,8 +58,8 @@ inline void load_z(const T* logits, int64_t count, float (&z)[size]) {
   for (int64_t i = 0; i < size; ++i) z[i] = clamped(z[i]);
 }
 
-inline void masses_of_block(const float (&z)[kRowBlock], float maximum, float (&mass)[kRowBlock]) {
-  for (int64_t i = 0; i < kRowBlock; ++i) mass[i] = mass_as_float(z[i], maximum);
+inline void masses_of_block(const float (&z)[kRowBlock], float maximum, uint64_t (&mass)[kRowBlock]) {
+  for (int64_t i = 0; i < kRowBlock; ++i) mass[i] = mass_of(z[i], maximum);
 }
 
 // The largest of a whole block, NaN when one is.
@@ -113,11 +113,10 @@ template <class T>
 uint64_t mass_of_row(const T* logits, int64_t V, float maximum, uint64_t* block_mass) {
   uint64_t total = 0;
   for (int64_t block = 0; block < row_blocks(V); ++block) {
-    float z[kRowBlock], mass[kRowBlock];
+    float z[kRowBlock];
     load_z(logits + block * kRowBlock, row_block_size(block, V), z);
-    masses_of_block(z, maximum, mass);
     uint64_t sum = 0;
-    for (int64_t i = 0; i < kRowBlock; ++i) sum += round_to_integer(mass[i]);
+    for (int64_t i = 0; i < kRowBlock; ++i) sum += mass_of(z[i], maximum);
     if (block_mass != nullptr) block_mass[block] = sum;
     total += sum;
   }
