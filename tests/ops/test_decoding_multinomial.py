@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """llmkern.ops.multinomial: equal to the integer oracle, distributed as it should be, torch.multinomial's drop-in."""
 
+import functools
 import math
 
 import numpy as np
@@ -80,8 +81,21 @@ def test_every_category_without_replacement(isa):
     assert multinomial(weights, 6, seed=0).tolist() == [5, 2, 7, 3, 1, 4]
     logits = torch.tensor([-INF, -300.0, 0.0, -1e30, 3e38, -3e38])
     assert multinomial(logits, 5, from_logits=True, seed=0).tolist() == [4, 2, 1, 3, 5]
-    whole = multinomial(torch.rand(5000), 5000, seed=2)
-    assert whole.sort().values.tolist() == list(range(5000))
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_a_whole_permutation(isa, from_logits):
+    """5000 draws from two levels of sums, each of which changes them."""
+    rows = make_rows(5000, from_logits, torch.float32)[:2]
+    got = multinomial(rows, 5000, from_logits=from_logits, seed=2)
+    assert torch.equal(got.sort().values, torch.arange(5000).expand(2, -1))
+    assert np.array_equal(got.numpy(), permutations(from_logits))
+
+
+@functools.cache
+def permutations(from_logits: bool) -> np.ndarray:
+    rows = make_rows(5000, from_logits, torch.float32)[:2].double().numpy()
+    return _reference.multinomial(rows, 5000, False, from_logits, np.full(2, 2), np.arange(2))
 
 
 def test_more_categories_than_torch_has(isa):

@@ -81,16 +81,18 @@ def test_equals_the_reference_bitwise(isa, dtype, is_certain):
 
 
 def test_nearly_equal_distributions_are_told_apart_exactly(isa):
-    """Residuals of a few units in 2^100, where products of float64 cannot decide who is above."""
-    target = torch.randn(300, 2, 600)
-    draft = target[:, :1].clone()
-    draft[:, 0, :3] += 2**-20
-    draft[::2] += 1.0  # the same but for roundings
-    ids = torch.randint(3, (300, 1))  # the ones whose p is less
-    where = torch.full((300,), 1), torch.arange(300) * 2
+    """All but two tokens have p / q = 1 + 2^-56, which float64 cannot tell from 1, and together 2 / 7 of the rest."""
+    B, V = 40, 2**17
+    p, q = torch.zeros(V), torch.zeros(V)
+    p[7], q[7] = -26.0, -27.4  # masses 6 and 1
+    p[9], q[9] = -INF, -25.8  # 0 and 7
+    ids, draft, target = torch.full((B, 1), 9), q.expand(B, 1, V), p.expand(B, 2, V)
+    where = torch.full((B,), 1), torch.arange(B) * 2
     got = speculative_verify(ids, draft, target, seed=1)
     for ours, theirs in zip(got, verify_by_reference(ids, draft, target, *where), strict=False):
         assert ours.numpy().tobytes() == theirs.tobytes()
+    assert (got.num_accepted == 0).all()
+    assert 5 < (got.tokens[:, 0] != 7).sum() < 20
 
 
 def test_logprobs_are_the_targets(isa):
