@@ -8,7 +8,7 @@ from numbers import Real
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from llmkern.ops import _checks, _seed
 
@@ -72,7 +72,7 @@ def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
     columns = []
     for name, value in zip(_RANGES, values, strict=True):
         if isinstance(value, Tensor):
-            _seed.check_row_tensor(_OP, "logits", name, value, B, device)
+            _check_row_tensor(name, value, B, device)
             columns.append(value.detach().to(torch.float64).expand(B))
         else:
             check_setting(name, value)
@@ -89,6 +89,63 @@ def _number_settings(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 # A decoding loop passes the same numbers at every step.
 _cached_number_settings = functools.lru_cache(maxsize=64)(_number_settings)
+
+
+def _check_row_tensor(name: str, tensor: Tensor, B: int, device: torch.device) -> None:
+    if tensor.shape not in ((), (B,)):
+        raise ValueError(
+            f"llmkern.sample: expected {name} of shape [B] = [{B}], got {list(tensor.shape)}"
+        )
+    _check_device(name, tensor, device)
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(
+            f"llmkern.sample: expected every tensor on one device, got logits on {device} "
+            f"and {name} on {tensor.device}"
+        )
+
+
+def _int64_rows(name: str, value: Tensor, B: int, device: torch.device) -> Tensor:
+    _checks.check_dtype(_OP, name, value, _checks.INDEX_DTYPES)
+    _check_row_tensor(name, value, B, device)
+    return value if value.dtype == torch.int64 else value.to(torch.int64)
+
+
+def seeds(
+    seed: int | Tensor | None, generator: Generator | None, B: int, device: torch.device
+) -> Tensor:
+    """[1] or [B]."""
+    if seed is None:
+        return _seed.drawn(generator, (1,), device)
+    if generator is not None:
+        raise ValueError("llmkern.sample: expected a seed or a generator, got both")
+    if isinstance(seed, Tensor):
+        rows = _int64_rows("seed", seed, B, device)
+        return rows if rows.dim() == 1 else rows.reshape(1)
+    _seed.check_int64(_OP, "seed", seed, "B")
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def positions(
+    position: int | Tensor | None, seed_per_row: bool, B: int, device: torch.device
+) -> Tensor:
+    """[B]."""
+    if isinstance(position, Tensor):
+        rows = _int64_rows("position", position, B, device)
+        return rows if rows.dim() == 1 else rows.expand(B)
+    if position is None:
+        if seed_per_row:
+            return torch.zeros(B, dtype=torch.int64, device=device)
+        return torch.arange(B, device=device)
+    _seed.check_int64(_OP, "position", position, "B")
+    if B > 1 and not seed_per_row:
+        raise ValueError(
+            f"llmkern.sample: expected seed to be a Tensor [B] beside an int position, got one seed for B = {B} rows, "
+            f"which would give every row the same random number; pass position as a Tensor [B] if that is meant"
+        )
+    return torch.full((B,), position, dtype=torch.int64, device=device)
 
 
 def bias(
@@ -132,7 +189,7 @@ def _check_vocabulary(name: str, tensor: Tensor, B: int, V: int, device: torch.d
         raise ValueError(
             f"llmkern.sample: expected {name} of shape [V] = [{V}] or [B, V] = [{B}, {V}], got {list(tensor.shape)}"
         )
-    _seed.check_device(_OP, "logits", name, tensor, device)
+    _check_device(name, tensor, device)
 
 
 def ids(name: str, value: Ids | None, B: int, batched: bool, device: torch.device) -> Tensor | None:
@@ -144,7 +201,7 @@ def ids(name: str, value: Ids | None, B: int, batched: bool, device: torch.devic
         value = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         value = value.to(device)
     _checks.check_dtype(_OP, name, value, _checks.INDEX_DTYPES)
-    _seed.check_device(_OP, "logits", name, value, device)
+    _check_device(name, value, device)
     if not batched and value.dim() == 1:
         value = value.unsqueeze(0)
     if value.dim() != 2 or value.shape[0] != B:

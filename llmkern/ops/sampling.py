@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from llmkern.ops import _checks, _seed
+from llmkern.ops import _checks
 from llmkern.ops import _sampling_arguments as arguments
 from llmkern.ops._sampling_arguments import Ids, Setting
 
@@ -120,7 +120,7 @@ def sample(
             f"llmkern.sample: expected num_logprobs in [0, V = {V}], got {num_logprobs}"
         )
     batched = logits.dim() == 2
-    seeds, positions = _seed.of_rows("sample", "logits", seed, position, generator, B, device)
+    seed_per_row = isinstance(seed, Tensor) and seed.dim() == 1
     out = torch.ops.llmkern.sample.default(
         rows,
         arguments.bias(logit_bias, B, V, device),
@@ -128,8 +128,8 @@ def sample(
         arguments.ids("prompt_ids", prompt_ids, B, batched, device),
         arguments.ids("output_ids", output_ids, B, batched, device),
         arguments.settings(settings, rows),
-        seeds,
-        positions,
+        arguments.seeds(seed, generator, B, device),
+        arguments.positions(position, seed_per_row, B, device),
         num_logprobs,
     )
     if not batched:

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "kernels/cpu/rows.h"
+#include "kernels/cpu/logit_rows.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/decoding.h"
 #include "kernels/run.h"
