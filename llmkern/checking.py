@@ -179,11 +179,12 @@ def _sample() -> Pairs:
         "min_p": 0.001,
         "typical_p": 0.9,
     }
-    drawn = ops.sample(logits, **settings, seed=1, num_logprobs=5)
+    drawn = ops.sample(
+        logits, **settings, seed=1, num_logprobs=5, return_entropy=True, return_rank=True
+    )
     rows = np.tile([*settings.values(), 1.0, 0.0, 0.0], (B, 1))
-    *expected, _ = _reference.sample(
+    expected = _reference.sample(
         logits.numpy(), rows, np.ones(B, dtype=np.int64), np.arange(B), num_logprobs=5
     )
-    names = ("token", "logprob", "filtered_logprob", "rank", "num_kept", "entropy")
-    got = [getattr(drawn, name) for name in (*names, "top_ids", "top_logprobs")]
-    return list(zip(got, expected, strict=True))
+    names = [name for name in drawn._fields if name != "valid"]
+    return [(getattr(drawn, name), expected[name]) for name in names]

@@ -55,53 +55,68 @@ LLMKERN_HOST_DEVICE inline uint64_t multiply_high(uint64_t a, uint64_t b) {
 
 constexpr int kMassBits = 40;
 constexpr uint64_t kFullMass = uint64_t{1} << kMassBits;
-constexpr float kMaxDistance = 64.0f;  // exp(-64) * 2^40 is far below one half
+constexpr float kNoMass = -48.0f;  // 2^(40 - 48) is far below one half
 
 // x in [0, 2^51] rounded to an integer, halves to even.
 LLMKERN_HOST_DEVICE inline uint64_t round_to_integer(float x) {
 #ifdef __CUDA_ARCH__
   return __float2ull_rn(x);
 #else
-  return double_to_bits(static_cast<double>(x) + 0x1p52) & 0xfffffffffffffull;  // the addition rounds; vectorises
+  return double_to_bits(static_cast<double>(x) + 0x1p52) & 0xfffffffffffffull;  // the addition rounds
 #endif
 }
 
-// min(-d, 64) for d <= 0, d = -inf included.
-LLMKERN_HOST_DEVICE inline float distance(float d) {
-  constexpr uint32_t kLimit = 0x42800000u;  // the bits of 64: non-negative floats compare as integers, without a branch
-  const uint32_t magnitude = float_to_bits(d) & 0x7fffffffu;
-  return bits_to_float(magnitude < kLimit ? magnitude : kLimit);
+// How fast a token's mass falls with its distance d <= 0 from the most likely one: mass = 2^40 * 2^(d * scale).
+struct Falloff {
+  float scale;   // log2(e) / temperature, in [2^-120, 2^101]
+  float lowest;  // where it has come to nothing; what d is raised to
+};
+
+LLMKERN_HOST_DEVICE inline Falloff falloff(double temperature) {
+  constexpr double kLog2E = 1.4426950408889634;
+  constexpr float kLeast = 0x1p-120f;  // kNoMass / kLeast is finite, so that d = -inf has no mass either
+  const float scale = static_cast<float>(kLog2E / temperature);
+  const float bounded = scale > kLeast ? scale : kLeast;
+  return {bounded, kNoMass / bounded};
 }
 
-// round(2^40 * exp(d)), halves to even, for d <= 0 (-inf gives 0): an integer, and 24 bits hold it, so it comes as a
-// float. Sums of masses, taken in 64-bit integers (round_to_integer), are exact in any order.
+// The bits of 2^(j / 8), less j in units of the first three bits of the mantissa: see exp_mass.
+constexpr uint32_t kEighthPowers[8] = {0x3f800000u,
+                                       0x3f8b95c2u - (1u << 20),
+                                       0x3f9837f0u - (2u << 20),
+                                       0x3fa5fed7u - (3u << 20),
+                                       0x3fb504f3u - (4u << 20),
+                                       0x3fc5672au - (5u << 20),
+                                       0x3fd744fdu - (6u << 20),
+                                       0x3feac0c7u - (7u << 20)};
+// 2^r = 1 + r * (c0 + c1 r + c2 r^2) for |r| <= 1/16, minimax: the relative error is below 2.7e-8.
+constexpr float kPowerOfTwo[3] = {0x1.62e432p-1f, 0x1.ec0c32p-3f, 0x1.c6a004p-5f};
+constexpr float kRoundToEighths = 0x1.8p20f;  // adding it rounds to a multiple of 1/8, left in the low bits
+
+// 2^(40 + d * scale) for d <= 0, -inf included; its rounding to an integer (halves to even) is the token's mass. Sums
+// of masses, taken in integers, are exact in any order.
 //
-// exp(d) = 2^n * exp(r), n = round(d / ln 2), |r| <= ln(2)/2 + rounding; exp(r) is its Taylor polynomial of degree 7,
-// whose remainder 0.347^8 / 8! = 5e-9 is below half a unit in the last place. ln 2 is split in two (Cody & Waite 1980)
-// so that n * ln2_high is exact. Before the last rounding the relative error is below 8e-8 (every d tried).
-LLMKERN_HOST_DEVICE inline float exp_mass(float d) {
-  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
-  d = -distance(d);
-  const float shifted = fmaf(d, kLog2E, kRound);
-  const float n = shifted - kRound;
-  float r = fmaf(n, -kLn2High, d);
-  r = fmaf(n, -kLn2Low, r);
-  float p = 1.0f / 5040.0f;
-  p = fmaf(p, r, 1.0f / 720.0f);
-  p = fmaf(p, r, 1.0f / 120.0f);
-  p = fmaf(p, r, 1.0f / 24.0f);
-  p = fmaf(p, r, 1.0f / 6.0f);
-  p = fmaf(p, r, 0.5f);
-  p = fmaf(p, r, 1.0f);
-  p = fmaf(p, r, 1.0f);
-  // p * 2^(n + 40), by adding to the exponent; -53 <= n + 40 <= 40.
-  const uint32_t exponent = float_to_bits(shifted) - float_to_bits(kRound) + kMassBits;
-  return rintf(bits_to_float(float_to_bits(p) + (exponent << 23)));
+// d * scale = n + r, n a multiple of 1/8. In `shifted` the low bits are 8 * (n + 40): the last three choose 2^(j / 8)
+// from a table, and all of them, moved to where a float's exponent begins, scale it by the power of two (j itself
+// arrives in the mantissa, which is why the table has it taken off). The relative error is below 1.5e-7 and
+// 3e-8 * |d * scale|, that of `scale` itself.
+LLMKERN_HOST_DEVICE inline float exp_mass(float d, const Falloff& f) {
+  d = d > f.lowest ? d : f.lowest;
+  const float shifted = fmaf(d, f.scale, kRoundToEighths + kMassBits);
+  const float n = shifted - (kRoundToEighths + kMassBits);
+  const float r = fmaf(d, f.scale, -n);
+  const uint32_t bits = float_to_bits(shifted);
+  const float power = bits_to_float(kEighthPowers[bits & 7] + (bits << 20));
+  const float q = fmaf(fmaf(r, kPowerOfTwo[2], kPowerOfTwo[1]), r, kPowerOfTwo[0]);
+  return fmaf(power * r, q, power);
 }
 
-// round(mass * -d), halves to even: what a token adds to the mean distance from the maximum.
-LLMKERN_HOST_DEVICE inline uint64_t weighted_mass(float mass, float d) { return round_to_integer(mass * distance(d)); }
+// mass * -d * scale before its rounding to an integer: what a token adds to the mean of the information, in bits. For
+// a rounded mass.
+LLMKERN_HOST_DEVICE inline float weighted_mass(float mass, float d, const Falloff& f) {
+  d = d > f.lowest ? d : f.lowest;
+  return mass * -(d * f.scale);
+}
 
 // max(1, ceil(p * mass)) for p in (0, 1], mass < 2^63; p is first truncated to a multiple of 2^-62.
 LLMKERN_HOST_DEVICE inline uint64_t fraction_of_mass(double p, uint64_t mass) {
@@ -112,12 +127,13 @@ LLMKERN_HOST_DEVICE inline uint64_t fraction_of_mass(double p, uint64_t mass) {
   return ceiling > 1 ? ceiling : 1;
 }
 
+constexpr double kLn2 = 0.6931471805599453;
+
 // log(mass / 2^40) for mass > 0, in float64.
 //
 // mass = 2^e * m with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s), s = (m - 1) / (m + 1), |s| <= 0.172, by its series
 // to s^21, whose remainder is below 1e-18.
 LLMKERN_HOST_DEVICE inline double log_mass(uint64_t mass) {
-  constexpr double kLn2 = 0.6931471805599453;
   const uint64_t bits = double_to_bits(static_cast<double>(mass));
   int32_t e = static_cast<int32_t>(bits >> 52) - 1023;
   double m = bits_to_double((bits & 0xfffffffffffffull) | 0x3ff0000000000000ull);

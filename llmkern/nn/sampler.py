@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A module that holds the settings of llmkern.ops.sample."""
 
-from collections.abc import Mapping
-
 from torch import Generator, Tensor, nn
 
 from llmkern import ops
-from llmkern.ops._sampling_arguments import SETTINGS, Ids, check_setting
+from llmkern.ops._sampling_arguments import SETTINGS, Bias, Ids, check_setting
 from llmkern.ops.sampling import SampleOutput
 
 
@@ -85,12 +83,15 @@ class Sampler(nn.Module):
         *,
         prompt_ids: Ids | None = None,
         output_ids: Ids | None = None,
-        logit_bias: Tensor | Mapping[int, float] | None = None,
+        logit_bias: Bias | None = None,
         allowed: Tensor | None = None,
         seed: int | Tensor | None = None,
         position: int | Tensor | None = None,
         generator: Generator | None = None,
         num_logprobs: int = 0,
+        return_logprob: bool = True,
+        return_entropy: bool = False,
+        return_rank: bool = False,
     ) -> SampleOutput:
         """``llmkern.ops.sample`` with the module's settings."""
         return ops.sample(
@@ -111,6 +112,9 @@ class Sampler(nn.Module):
             position=position,
             generator=generator,
             num_logprobs=num_logprobs,
+            return_logprob=return_logprob,
+            return_entropy=return_entropy,
+            return_rank=return_rank,
         )
 
     def extra_repr(self) -> str:

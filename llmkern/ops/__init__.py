@@ -13,7 +13,7 @@ from llmkern.ops.decoding import (
 from llmkern.ops.dropout import dropout
 from llmkern.ops.embedding import embedding
 from llmkern.ops.lstm import lstm, lstm_cell, lstm_pack
-from llmkern.ops.sampling import SampleOutput, sample
+from llmkern.ops.sampling import SampleOutput, filter_logits, sample
 
 __all__ = [
     "BeamCandidates",
@@ -22,6 +22,7 @@ __all__ = [
     "beam_search_step",
     "dropout",
     "embedding",
+    "filter_logits",
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",

@@ -18,6 +18,7 @@ LOGITS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Setting = float | Tensor
 Ids = Tensor | Sequence[Sequence[int]]
+Bias = Tensor | Mapping[int, float] | Sequence[Mapping[int, float]]
 
 
 class _Range(NamedTuple):
@@ -130,64 +131,88 @@ def seeds(
 
 def positions(
     position: int | Tensor | None, seed_per_row: bool, B: int, device: torch.device
-) -> Tensor:
-    """[B]."""
+) -> Tensor | None:
+    """[1] or [B]; None is the default, which the kernel knows."""
+    if position is None:
+        return None
     if isinstance(position, Tensor):
         rows = _int64_rows("position", position, B, device)
-        return rows if rows.dim() == 1 else rows.expand(B)
-    if position is None:
-        if seed_per_row:
-            return torch.zeros(B, dtype=torch.int64, device=device)
-        return torch.arange(B, device=device)
+        return rows if rows.dim() == 1 else rows.reshape(1)
     _seed.check_int64(_OP, "position", position, "B")
     if B > 1 and not seed_per_row:
         raise ValueError(
             f"llmkern.sample: expected seed to be a Tensor [B] beside an int position, got one seed for B = {B} rows, "
             f"which would give every row the same random number; pass position as a Tensor [B] if that is meant"
         )
-    return torch.full((B,), position, dtype=torch.int64, device=device)
+    return torch.full((1,), position, dtype=torch.int64, device=device)
 
 
-def bias(
-    value: Tensor | Mapping[int, float] | None, B: int, V: int, device: torch.device
-) -> Tensor | None:
+class BiasTensors(NamedTuple):
+    dense: Tensor | None = None
     """float32 [V] or [B, V]."""
+    ids: Tensor | None = None
+    """int64 [1, n] or [B, n], distinct in a row, padded with -1."""
+    values: Tensor | None = None
+    """float32, of the ids."""
+
+
+_NO_BIAS = BiasTensors()
+
+
+def bias(value: Bias | None, B: int, V: int, device: torch.device) -> BiasTensors:
     if value is None:
-        return None
+        return _NO_BIAS
     if isinstance(value, Mapping):
-        return _bias_of_mapping(value, V, device)
+        return _sparse_bias([value], V, device)
+    if isinstance(value, Sequence):
+        if len(value) != B:
+            raise ValueError(
+                f"llmkern.sample: expected logit_bias with a mapping for each of B = {B} rows, got {len(value)}"
+            )
+        return _sparse_bias(value, V, device)
     _checks.check_tensor(_OP, "logit_bias", value)
     _checks.check_dtype(_OP, "logit_bias", value, LOGITS_DTYPES)
     _check_vocabulary("logit_bias", value, B, V, device)
-    return value.detach().float()
+    return BiasTensors(dense=value.detach().float())
 
 
-def _bias_of_mapping(bias: Mapping[int, float], V: int, device: torch.device) -> Tensor:
-    for token in bias:
-        if not 0 <= token < V:
-            raise IndexError(
-                f"llmkern.sample: expected ids in logit_bias in [0, V) = [0, {V}), got {token}"
-            )
-    dense = torch.zeros(V, device=device)
-    dense[torch.tensor(list(bias), dtype=torch.int64, device=device)] = torch.tensor(
-        list(bias.values()), dtype=torch.float32, device=device
-    )
-    return dense
+def _sparse_bias(rows: Sequence[Mapping[int, float]], V: int, device: torch.device) -> BiasTensors:
+    n = max((len(row) for row in rows), default=0)
+    if n == 0:
+        return _NO_BIAS
+    ids = torch.full((len(rows), n), -1, dtype=torch.int64)
+    values = torch.zeros((len(rows), n), dtype=torch.float32)
+    for b, row in enumerate(rows):
+        for token in row:
+            if not 0 <= token < V:
+                raise IndexError(
+                    f"llmkern.sample: expected ids in logit_bias in [0, V) = [0, {V}), got {token}"
+                )
+        ids[b, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
+        values[b, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float32)
+    return BiasTensors(ids=ids.to(device), values=values.to(device))
 
 
 def mask(allowed: Tensor | None, B: int, V: int, device: torch.device) -> Tensor | None:
+    """bool [V] or [B, V], or int32 [ceil(V / 32)] or [B, ceil(V / 32)]."""
     if allowed is None:
         return None
     _checks.check_tensor(_OP, "allowed", allowed)
-    _checks.check_dtype(_OP, "allowed", allowed, (torch.bool,))
-    _check_vocabulary("allowed", allowed, B, V, device)
+    _checks.check_dtype(_OP, "allowed", allowed, (torch.bool, torch.int32))
+    if allowed.dtype == torch.bool:
+        _check_vocabulary("allowed", allowed, B, V, device)
+    else:
+        _check_vocabulary("allowed", allowed, B, (V + 31) // 32, device, "ceil(V / 32)")
     return allowed
 
 
-def _check_vocabulary(name: str, tensor: Tensor, B: int, V: int, device: torch.device) -> None:
-    if tensor.shape not in ((V,), (B, V)):
+def _check_vocabulary(
+    name: str, tensor: Tensor, B: int, size: int, device: torch.device, letter: str = "V"
+) -> None:
+    if tensor.shape not in ((size,), (B, size)):
         raise ValueError(
-            f"llmkern.sample: expected {name} of shape [V] = [{V}] or [B, V] = [{B}, {V}], got {list(tensor.shape)}"
+            f"llmkern.sample: expected {name} of shape [{letter}] = [{size}] or [B, {letter}] = [{B}, {size}], "
+            f"got {list(tensor.shape)}"
         )
     _check_device(name, tensor, device)
 

@@ -2,27 +2,118 @@
 // Picking tokens out of a row without sorting it.
 //
 // A bound that no wanted token is below turns the row into a short list (gather); exact thresholds are then found in
-// the list by radix selection (shortest_prefix). Loops over the whole row carry no branch, so that they are vectorised.
+// the list by radix selection (shortest_prefix).
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/arithmetic.h"
+#include "kernels/cpu/masses.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-constexpr int64_t kBlock = 256;  // tokens
+constexpr int64_t kBlock = 1024;  // tokens; what the team divides, and what is skipped when its maximum is too low
+
+// Which lanes of a vector: a mask register where there are some.
+#if defined(__AVX512F__)
+using LaneMask = __mmask16;
+
+inline LaneMask at_least(FloatVec x, FloatVec bound) { return _mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ); }
+inline LaneMask unordered(FloatVec a, FloatVec b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
+inline FloatVec zero_unless(LaneMask mask, FloatVec x) { return _mm512_maskz_mov_ps(mask, x); }
+inline uint32_t lane_bits(LaneMask mask) { return mask; }
+#else
+using LaneMask = IntVec;
+
+inline LaneMask at_least(FloatVec x, FloatVec bound) { return x >= bound; }
+inline LaneMask unordered(FloatVec a, FloatVec b) { return (a != a) | (b != b); }
+inline FloatVec zero_unless(LaneMask mask, FloatVec x) { return float_of(bits_of(x) & mask); }
+inline uint32_t lane_bits(LaneMask mask) {
+#if defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#elif defined(LLMKERN_X86)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<float>; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+#endif
 
 // One row at work.
 struct Row {
-  const float* z;  // [V]
+  const float* y;  // [V]
   int64_t V;
-  float maximum;     // of z
-  int64_t num_live;  // tokens that are not -inf
+  const FloatVec* block_maxima;  // [blocks], by lanes
+  float maximum;                 // of y
+  int64_t num_live;              // tokens that are not -inf
+  double temperature;
+  Falloff scale;
+  const char* next;  // where the logits of the row lie that this worker reads next: asked for while this one is summed
+
+  int64_t blocks() const { return (V + kBlock - 1) / kBlock; }
+  int64_t block_end(int64_t block) const { return (block + 1) * kBlock < V ? (block + 1) * kBlock : V; }
+  Weigher weigher() const { return Weigher(maximum, scale); }
+};
+
+// Tokens i to i + kLanes of the row after this one, which are of `element` bytes each. To the second level: the first
+// has no room for them. (Always inlined: a function that only prefetches counts as one without effects.)
+[[gnu::always_inline]] inline void prefetch_next(const Row& row, int64_t i, int64_t element) {
+  __builtin_prefetch(row.next + i * element, 0, 2);
+}
+
+inline bool block_reaches(const Row& row, int64_t block, float bound) {
+  return lane_bits(at_least(row.block_maxima[block], broadcast(bound))) != 0;
+}
+
+// Calls f(i, vector) on the tokens of a block, i the first of the vector; lanes beyond the vocabulary read as -inf.
+template <class F>
+void for_block(const float* y, int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t n = kLanes<float>;
+  int64_t i = begin;
+  for (; i + n <= end; i += n) f(i, load(y + i));
+  if (i == end) return;
+  float rest[n];
+  for (int64_t lane = 0; lane < n; ++lane) rest[lane] = i + lane < end ? y[i + lane] : -INFINITY;
+  f(i, load(rest));
+}
+
+// Which tokens of a block, a bit each: those of vector j in bits[j].
+struct BlockBits {
+  static constexpr int kSpare = 4;
+  alignas(64) uint16_t bits[kBlock / kLanes<float>] = {};
+
+  void set(int64_t offset, uint32_t lanes) {
+    bits[static_cast<uint64_t>(offset) / kLanes<float>] = static_cast<uint16_t>(lanes);
+  }
+
+  // Their places in the block, ascending. The number of them.
+  //
+  // How many there are in a word is as good as random. So a few are written whether they are there or not, and only
+  // what is beyond them costs a branch.
+  int64_t list(int32_t (&places)[kBlock + kSpare]) const {
+    constexpr size_t kVectors = sizeof(uint64_t) / sizeof *bits;  // little-endian, as every machine that builds this
+    int64_t size = 0;
+    for (size_t j = 0; j < sizeof bits / sizeof *bits; j += kVectors) {
+      uint64_t word;
+      memcpy(&word, bits + j, sizeof word);
+      const int count = __builtin_popcountll(word);
+      const auto next = [&] {
+        const int bit = __builtin_ctzll(word | uint64_t{1} << 63);
+        word &= word - 1;
+        return (static_cast<int32_t>(j) + bit / 16) * kLanes<float> + bit % 16;
+      };
+      for (int i = 0; i < kSpare; ++i) places[size + i] = next();
+      for (int i = kSpare; i < count; ++i) places[size + i] = next();
+      size += count;
+    }
+    return size;
+  }
 };
 
 // What an order is over: value descending, then id ascending.
@@ -47,39 +138,26 @@ inline int32_t ordered(float value) {
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-inline float from_ordered(int32_t key) {
-  return bits_to_float(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
+inline uint64_t mass_of(const Row& row, float y) { return round_to_integer(exp_mass(y - row.maximum, row.scale)); }
+
+inline Candidate candidate(const Row& row, int64_t token) {
+  const float y = row.y[token] + 0.0f;  // -0 becomes 0: the order is taken from the bits
+  return {y, static_cast<int32_t>(token), mass_of(row, y)};
 }
 
-int64_t block_size(int64_t begin, int64_t V) { return V - begin < kBlock ? V - begin : kBlock; }
-
-void masses(const float* z, int64_t n, float maximum, uint64_t* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = round_to_integer(exp_mass(z[i] - maximum));
-}
-
-// Lists the tokens whose z passes a test, by ascending id. The number of them.
-template <class Test>
-int64_t gather(const Row& row, const Test& test, Candidate* out) {
+// Lists the tokens with y >= bound, by ascending id. The number of them.
+int64_t gather(const Row& row, float bound, Candidate* out) {
   int64_t size = 0;
-  for (int64_t begin = 0; begin < row.V; begin += kBlock) {
-    const float* z = row.z + begin;
-    const int64_t n = block_size(begin, row.V);
-    alignas(64) uint8_t hit[kBlock] = {};
-    for (int64_t i = 0; i < n; ++i) hit[i] = test(z[i]);
-    uint64_t mass[kBlock];
-    bool has_masses = false;
-    for (int64_t first = 0; first < n; first += 8) {
-      uint64_t hits;  // eight bytes of 0 or 1; little-endian, as every machine that builds this
-      memcpy(&hits, hit + first, sizeof hits);
-      if (hits != 0 && !has_masses) {
-        masses(z, n, row.maximum, mass);
-        has_masses = true;
-      }
-      for (; hits != 0; hits &= hits - 1) {
-        const int64_t i = first + __builtin_ctzll(hits) / 8;
-        out[size++] = {z[i], static_cast<int32_t>(begin + i), mass[i]};
-      }
-    }
+  const FloatVec least = broadcast(bound);
+  for (int64_t block = 0; block < row.blocks(); ++block) {
+    if (!block_reaches(row, block, bound)) continue;
+    BlockBits hits;
+    const int64_t begin = block * kBlock;
+    for_block(row.y, begin, row.block_end(block),
+              [&](int64_t i, FloatVec y) { hits.set(i - begin, lane_bits(at_least(y, least))); });
+    int32_t places[kBlock + BlockBits::kSpare];
+    const int64_t found = hits.list(places);
+    for (int64_t i = 0; i < found; ++i) out[size++] = candidate(row, begin + places[i]);
   }
   return size;
 }
@@ -144,58 +222,63 @@ int64_t keep_prefix(Candidate* list, int64_t n, uint64_t needed, Candidate* work
 
 inline Candidate counted(const Candidate& c) { return {c.value, c.id, 1}; }
 
-// A value that at least k tokens reach: the k-th largest of the maxima of disjoint groups, or -inf when groups would be
-// too small to tell. The tokens above it are little more than k. `maxima` [V / 2], `work` [V / 2].
-float reached_by(const Row& row, int64_t k, float* maxima, Candidate* work) {
-  int64_t groups = kBlock;
-  while (groups < 2 * k) groups *= 2;
-  if (groups > row.V / 2) return -INFINITY;
-  memcpy(maxima, row.z, static_cast<size_t>(groups) * sizeof(float));
-  for (int64_t begin = groups; begin + groups <= row.V; begin += groups) {
-    const float* z = row.z + begin;
-    for (int64_t i = 0; i < groups; ++i) maxima[i] = z[i] > maxima[i] ? z[i] : maxima[i];
+constexpr float kLeastLive = -FLT_MAX;  // what every token but -inf reaches
+
+// A value that at least k tokens reach: the k-th largest of the maxima of disjoint groups, which are lanes of some
+// blocks; or kLeastLive when there are too few of them to tell. `work` [V].
+//
+// Four groups a wanted token: a good bound is a little below the k-th token, and more groups take longer.
+float reached_by(const Row& row, int64_t k, Candidate* work) {
+  constexpr int64_t n = kLanes<float>;
+  if (row.blocks() * n < 2 * k) return kLeastLive;
+  const int64_t wanted = (4 * k + n - 1) / n, vectors = wanted < row.blocks() ? wanted : row.blocks();
+  int64_t live = 0;
+  for (int64_t first = 0; first < vectors; ++first) {
+    FloatVec high = row.block_maxima[first];
+    for (int64_t block = first + vectors; block < row.blocks(); block += vectors) {
+      high = max(row.block_maxima[block], high);
+    }
+    for (int lane = 0; lane < n; ++lane) {
+      work[live] = {high[lane] + 0.0f, static_cast<int32_t>(live), 1};
+      live += high[lane] > -INFINITY;
+    }
   }
-  for (int64_t i = 0; i < groups; ++i) work[i] = {maxima[i], static_cast<int32_t>(i), 1};
-  return shortest_prefix(work, groups, static_cast<uint64_t>(k), work, counted).value;
+  return live < k ? kLeastLive : shortest_prefix(work, live, static_cast<uint64_t>(k), work, counted).value;
 }
 
 // Lists the first k of the order, k <= row.num_live, by ascending id.
-void list_first(const Row& row, int64_t k, float* maxima, Candidate* work, Candidate* out) {
-  const float least = reached_by(row, k, maxima, work);
-  const int64_t n = gather(row, [least](float z) { return z >= least; }, out);
-  keep_prefix(out, n, static_cast<uint64_t>(k), work, counted);
+int64_t list_first(const Row& row, int64_t k, Candidate* work, Candidate* out) {
+  const int64_t n = gather(row, reached_by(row, k, work), out);
+  return keep_prefix(out, n, static_cast<uint64_t>(k), work, counted);
 }
 
-// Lists the tokens above -inf that can have this mass, and perhaps some that have not.
+// A y that no token of this mass is below.
 //
-// d is the exact difference rounded once, and exp_mass errs by 1e-7 before it rounds to an integer, which matters to
-// small masses: half of one is ln 2 = 0.693. The comparison is on d because z itself may be too large to tell.
-int64_t list_mass(const Row& row, uint64_t mass, Candidate* out) {
-  if (mass == 0) return gather(row, [](float z) { return z > -INFINITY; }, out);
-  const float slack = mass < 1024 ? 0.7f : 0.001f;
-  const float maximum = row.maximum, least = static_cast<float>(log_mass(mass)) - slack;
-  return gather(row, [=](float z) { return z - maximum >= least; }, out);
+// exp_mass errs by 2e-6 before it rounds to an integer, which matters to small masses: half of one is a bit.
+float reached_by_mass(const Row& row, uint64_t mass) {
+  const double slack = mass < 1024 ? 1.01 : 0.001;
+  const double bits = log_mass(mass) / kLn2 - slack;
+  const double y = static_cast<double>(row.maximum) + bits / static_cast<double>(row.scale.scale);
+  // The difference y - maximum is rounded once more: half a unit in the last place of the larger of the two.
+  const float below = static_cast<float>(y - 0x1p-22 * (std::fabs(y) + std::fabs(static_cast<double>(row.maximum))));
+  return below > kLeastLive ? below : kLeastLive;
 }
 
 int32_t first_of_order(const Row& row) {
-  for (int64_t begin = 0;; begin += kBlock) {
-    const float* z = row.z + begin;
-    const int64_t n = block_size(begin, row.V);
-    int32_t hits = 0;
-    for (int64_t i = 0; i < n; ++i) hits += z[i] == row.maximum;
-    if (hits == 0) continue;
-    int64_t i = 0;
-    while (z[i] != row.maximum) ++i;
-    return static_cast<int32_t>(begin + i);
+  for (int64_t block = 0;; ++block) {
+    if (!block_reaches(row, block, row.maximum)) continue;
+    int64_t token = block * kBlock;
+    while (row.y[token] != row.maximum) ++token;
+    return static_cast<int32_t>(token);
   }
 }
 
 // The number of tokens before this one in the order.
 int64_t rank_of(const Row& row, int64_t token) {
-  const float z = row.z[token];
+  const float y = row.y[token];
   int32_t rank = 0;  // narrow, so that it takes as many lanes as the floats
-  for (int64_t v = 0; v < token; ++v) rank += row.z[v] >= z;
-  for (int64_t v = token + 1; v < row.V; ++v) rank += row.z[v] > z;
+  for (int64_t v = 0; v < token; ++v) rank += row.y[v] >= y;
+  for (int64_t v = token + 1; v < row.V; ++v) rank += row.y[v] > y;
   return rank;
 }
 

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+// The nucleus of a row (top_p over the whole vocabulary): the shortest prefix of the order that has a given mass.
+//
+// It may be a tenth of the vocabulary, too much for a list. A sample of the row tells about where it ends. One pass
+// then adds up what is above that place and lists what is around it; the end is found in the list, exactly. Where the
+// sample misled, the sums show it, and the pass is made again over what it left out: a guess costs time, never a bit.
+#pragma once
+
+#include <cmath>
+
+#include "kernels/cpu/selection.h"
+
+namespace llmkern::cpu::LLMKERN_ISA {
+
+namespace {
+
+// Tokens by the octaves of their mass, eight bins each: bin j has masses near 2^(j / 8 - 8).
+constexpr int kMassBins = 8 * (kMassBits + 8) + 1;
+
+inline float bin_mass(int bin) {
+  constexpr uint32_t kOctaves = 8;
+  return bits_to_float(kEighthPowers[bin & 7] + (static_cast<uint32_t>(bin) << 20) - (kOctaves << 23));
+}
+
+// The least y of a bin.
+inline float bin_floor(const Row& row, int bin) {
+  return row.maximum + (static_cast<float>(bin) / 8 + kNoMass - 1.0f / 16) / row.scale.scale;
+}
+
+// Tokens >= high are in, tokens < low are out, as far as a guess goes; those between are candidates.
+struct Bracket {
+  float low, high;
+};
+
+struct Nucleus {
+  Prefix prefix;
+  int64_t count;
+  uint64_t mass;
+};
+
+// What the passes over a row fill.
+struct NucleusWork {
+  const float* mass;     // [V], rounded or not
+  uint64_t* block_mass;  // [blocks], of the nucleus: out
+  Candidate *candidates, *work;
+  int64_t logits_element;  // bytes
+};
+
+// Every stride-th vector of the row.
+inline int64_t sampling_stride(int64_t V) {
+  constexpr int64_t kEnough = 2048, kMost = 16;
+  const int64_t stride = V / kEnough;
+  return stride < 1 ? 1 : stride > kMost ? kMost : stride;
+}
+
+// Four counts of every bin side by side, so that equal tokens one after the other need not wait for each other.
+using BinCounts = int32_t[kMassBins][4];
+
+void count_by_mass(const Row& row, int64_t stride, BinCounts& count) {
+  constexpr int64_t n = kLanes<float>;
+  const Weigher weigher = row.weigher();
+  for (int64_t i = 0; i + n <= row.V; i += n * stride) {
+    int32_t bins[n];
+    store(bins, weigher.bin(load(row.y + i)));
+    for (int64_t lane = 0; lane < n; ++lane) ++count[bins[lane]][lane % 4];
+  }
+}
+
+// Where the mass beyond the nucleus, `outside`, ends: by the sample, two standard deviations to either side.
+Bracket guess(const Row& row, uint64_t outside) {
+  constexpr double kDeviations = 2, kFew = 512;
+  const int64_t stride = sampling_stride(row.V);
+  BinCounts count = {};
+  count_by_mass(row, stride, count);
+  const double allowed = static_cast<double>(outside), weight = static_cast<double>(stride);
+  double tail = 0, variance = 0, above = static_cast<double>(row.V);
+  int low = 0, high = kMassBins;
+  for (int bin = 0; bin < kMassBins && high == kMassBins; ++bin) {
+    const double mass = static_cast<double>(bin_mass(bin)),
+                 tokens = weight * (count[bin][0] + count[bin][1] + count[bin][2] + count[bin][3]);
+    tail += tokens * mass;
+    variance += tokens * (weight - 1) * mass * mass;
+    const double left = allowed - tail;
+    const bool sure = left * left >= kDeviations * kDeviations * variance;
+    if (sure && left >= 0) {
+      low = bin + 1;
+      above -= tokens;
+    } else if (sure) {
+      high = bin + 1;
+    }
+  }
+  const bool all_above = above <= kFew || high == kMassBins;
+  const float lowest = bin_floor(row, low);
+  return {lowest > kLeastLive ? lowest : kLeastLive, all_above ? INFINITY : bin_floor(row, high)};
+}
+
+struct Pass {
+  uint64_t mass_above;
+  int64_t count_above, num_candidates;
+};
+
+// Adds up the tokens >= high and lists the others that are >= low.
+Pass pass_over(const Row& row, const Bracket& bracket, const NucleusWork& w) {
+  const FloatVec low = broadcast(bracket.low), high = broadcast(bracket.high);
+  Pass pass = {0, 0, 0};
+  for (int64_t block = 0; block < row.blocks(); ++block) {
+    w.block_mass[block] = 0;
+    if (!block_reaches(row, block, bracket.low)) continue;
+    const int64_t begin = block * kBlock;
+    BlockBits around;
+    ExactSum sum;
+    uint32_t count = 0;
+    for_block(row.y, begin, row.block_end(block), [&](int64_t i, FloatVec y) {
+      prefetch_next(row, i, w.logits_element);
+      const LaneMask above = at_least(y, high);
+      const uint32_t above_bits = lane_bits(above);
+      sum.add(zero_unless(above, load(w.mass + i)));
+      count += static_cast<uint32_t>(__builtin_popcount(above_bits));
+      around.set(i - begin, lane_bits(at_least(y, low)) & ~above_bits);
+    });
+    w.block_mass[block] = sum.total();
+    pass.mass_above += w.block_mass[block];
+    pass.count_above += count;
+    int32_t places[kBlock + BlockBits::kSpare];
+    const int64_t found = around.list(places);
+    for (int64_t i = 0; i < found; ++i) {
+      const int64_t token = begin + places[i];
+      w.candidates[pass.num_candidates++] = {row.y[token] + 0.0f, static_cast<int32_t>(token),
+                                             round_to_integer(w.mass[token])};
+    }
+  }
+  return pass;
+}
+
+uint64_t list_sum(const Candidate* list, int64_t n) {
+  uint64_t mass = 0;
+  for (int64_t i = 0; i < n; ++i) mass += list[i].mass;
+  return mass;
+}
+
+// The shortest prefix of the row's order with mass >= needed, `total` being the mass of all.
+Nucleus find_nucleus(const Row& row, uint64_t needed, uint64_t total, const NucleusWork& w) {
+  Bracket bracket = guess(row, total - needed);
+  Pass pass;
+  for (;;) {
+    pass = pass_over(row, bracket, w);
+    if (pass.mass_above >= needed) {
+      bracket = {bracket.high, INFINITY};
+    } else if (pass.mass_above + list_sum(w.candidates, pass.num_candidates) < needed) {
+      bracket = {kLeastLive, bracket.low};
+    } else {
+      break;
+    }
+  }
+  Nucleus found = {{}, pass.count_above, pass.mass_above};
+  found.prefix = shortest_prefix(w.candidates, pass.num_candidates, needed - pass.mass_above, w.work,
+                                 [](const Candidate& c) { return c; });
+  for (int64_t i = 0; i < pass.num_candidates; ++i) {  // no branch: which are kept is as good as random
+    const Candidate& c = w.candidates[i];
+    const uint64_t kept = found.prefix.keeps(c), mass = kept * c.mass;
+    w.block_mass[static_cast<uint32_t>(c.id) / kBlock] += mass;
+    found.mass += mass;
+    found.count += static_cast<int64_t>(kept);
+  }
+  return found;
+}
+
+}  // namespace
+
+}  // namespace llmkern::cpu::LLMKERN_ISA
