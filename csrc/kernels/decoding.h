@@ -4,7 +4,8 @@
 //
 // A row of logits [V], V < kMaxSampleVocabulary, is treated as kernels/sampling.h treats one at temperature 1:
 //   z_v = min(logits_v in float32, FLT_MAX), -0 being 0;  m = max z;  d_v = z_v - m in float32;
-//   mass(v) = exp_mass(d_v);  M = sum of the masses;  logprob(v) = d_v - log_mass(M) in float64.
+//   mass(v) = exp_mass(d_v, falloff(1)) rounded to an integer;  M = sum of the masses;  logprob(v) = d_v - log_mass(M)
+//   in float64.
 // It is invalid when a z is NaN, and empty when m = -inf. No result depends on any other batch entry.
 #pragma once
 
@@ -111,6 +112,9 @@ constexpr int64_t kMaxDraws = int64_t{1} << 32;       // n is below it
 constexpr int kMostMultinomialBits = 51;              // round_to_integer's range
 
 namespace {  // one copy an instruction-set build: the linker must not merge them
+
+// Temperature 1.
+inline Falloff unit_falloff() { return falloff(1.0); }
 
 // The most bits with which V masses stay below 2^63.
 inline int multinomial_bits(int64_t V) {

@@ -40,7 +40,7 @@ std::optional<Distribution> distribution(const float* logits, int64_t V) {
   Distribution row;
   for (int64_t v = 0; v < V; ++v) {
     row.d.push_back(std::min(logits[v], FLT_MAX) - maximum);
-    row.mass.push_back(static_cast<uint64_t>(std::nearbyint(exp_mass(row.d.back()))));
+    row.mass.push_back(static_cast<uint64_t>(std::nearbyint(exp_mass(row.d.back(), unit_falloff()))));
     row.total += row.mass.back();
   }
   return row;

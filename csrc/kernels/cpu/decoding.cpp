@@ -241,27 +241,28 @@ template <class T>
 Rest rest_of_block(const Distribution<T>& p, const Distribution<T>& q, int64_t block, int64_t V) {
   const int64_t begin = block * kRowBlock, count = row_block_size(block, V);
   float z[kRowBlock];
-  uint64_t p_mass[kRowBlock], q_mass[kRowBlock];
+  float p_mass[kRowBlock], q_mass[kRowBlock];
   load_z(p.logits + begin, count, z);
-  masses_of_block(z, p.maximum, p_mass);
+  masses_of(z, p.maximum, p_mass);
   load_z(q.logits + begin, count, z);
-  masses_of_block(z, q.maximum, q_mass);
+  masses_of(z, q.maximum, q_mass);
   const double p_total = static_cast<double>(p.total), q_total = static_cast<double>(q.total);
   Rest sum = {0, 0};
   int64_t in_doubt = 0;
   for (int64_t i = 0; i < kRowBlock; ++i) {
-    const double mine = static_cast<double>(p_mass[i]) * q_total, theirs = static_cast<double>(q_mass[i]) * p_total;
+    const double mine = p_mass[i] * q_total, theirs = q_mass[i] * p_total;
     const uint64_t kept = mine > theirs ? ~uint64_t{0} : 0;
-    sum.p += p_mass[i] & kept;
-    sum.q += q_mass[i] & kept;
+    sum.p += round_to_integer(p_mass[i]) & kept;
+    sum.q += round_to_integer(q_mass[i]) & kept;
     in_doubt += std::fabs(mine - theirs) < mine * 0x1p-50;
   }
   if (in_doubt == 0) return sum;
   sum = {0, 0};
   for (int64_t i = 0; i < kRowBlock; ++i) {
-    if (Wide{p_mass[i]} * q.total <= Wide{q_mass[i]} * p.total) continue;
-    sum.p += p_mass[i];
-    sum.q += q_mass[i];
+    const uint64_t mp = round_to_integer(p_mass[i]), mq = round_to_integer(q_mass[i]);
+    if (Wide{mp} * q.total <= Wide{mq} * p.total) continue;
+    sum.p += mp;
+    sum.q += mq;
   }
   return sum;
 }

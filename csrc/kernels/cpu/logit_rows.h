@@ -6,7 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "kernels/cpu/storage.h"
+#include "kernels/cpu/masses.h"
+#include "kernels/decoding.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
@@ -41,10 +42,7 @@ inline float z_of(T logit) {
   return clamped(static_cast<float>(widen(logit)));
 }
 
-// 2^40 * exp(z - maximum); its rounding to an integer is the token's mass.
-inline float unrounded_mass(float z, float maximum) { return exp_mass(z - maximum); }
-
-inline uint64_t mass_of(float z, float maximum) { return round_to_integer(unrounded_mass(z, maximum)); }
+inline uint64_t mass_of(float z, float maximum) { return round_to_integer(exp_mass(z - maximum, unit_falloff())); }
 
 // z of `count` tokens, at most `size`; up to there -inf.
 template <int64_t size, class T>
@@ -58,8 +56,11 @@ inline void load_z(const T* logits, int64_t count, float (&z)[size]) {
   for (int64_t i = 0; i < size; ++i) z[i] = clamped(z[i]);
 }
 
-inline void masses_of_block(const float (&z)[kRowBlock], float maximum, uint64_t (&mass)[kRowBlock]) {
-  for (int64_t i = 0; i < kRowBlock; ++i) mass[i] = mass_of(z[i], maximum);
+// As integers that floats hold.
+template <int64_t size>
+inline void masses_of(const float (&z)[size], float maximum, float (&mass)[size]) {
+  const Weigher weigher(maximum, unit_falloff());
+  for (int64_t i = 0; i < size; i += kLanes<float>) store(mass + i, rounded(weigher.mass(load(z + i))));
 }
 
 // The largest of a whole block, NaN when one is.
@@ -111,14 +112,16 @@ float maximum_of_row(const T* logits, int64_t V, float* block_maxima) {
 // The sum of the masses, for a finite maximum. block_mass: null, or one for every block.
 template <class T>
 uint64_t mass_of_row(const T* logits, int64_t V, float maximum, uint64_t* block_mass) {
+  const Weigher weigher(maximum, unit_falloff());
   uint64_t total = 0;
   for (int64_t block = 0; block < row_blocks(V); ++block) {
     float z[kRowBlock];
     load_z(logits + block * kRowBlock, row_block_size(block, V), z);
-    uint64_t sum = 0;
-    for (int64_t i = 0; i < kRowBlock; ++i) sum += mass_of(z[i], maximum);
-    if (block_mass != nullptr) block_mass[block] = sum;
-    total += sum;
+    ExactSum sum;
+    for (int64_t i = 0; i < kRowBlock; i += kLanes<float>) sum.add(weigher.mass(load(z + i)));
+    const uint64_t of_block = sum.total();
+    if (block_mass != nullptr) block_mass[block] = of_block;
+    total += of_block;
   }
   return total;
 }

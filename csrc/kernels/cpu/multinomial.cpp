@@ -38,10 +38,12 @@ struct Weights {
     rest = std::ldexp(1.0, bits - e - first);
   }
 
-  uint64_t mass(Value w) const {
-    double scaled = static_cast<double>(w) * scale;
-    if constexpr (sizeof(Value) == 8) scaled *= rest;
-    return double_to_bits(scaled + 0x1p52) & 0xfffffffffffffull;  // the addition rounds
+  void masses(const Value (&values)[kFan], uint64_t (&out)[kFan]) const {
+    for (int64_t i = 0; i < kFan; ++i) {
+      double scaled = static_cast<double>(values[i]) * scale;
+      if constexpr (sizeof(Value) == 8) scaled *= rest;
+      out[i] = double_to_bits(scaled + 0x1p52) & 0xfffffffffffffull;  // the addition rounds
+    }
   }
 
   static void load(const T* from, int64_t count, Value (&values)[kFan]) {
@@ -71,7 +73,11 @@ struct Logits {
   float maximum;
 
   void fit(Value largest, int) { maximum = largest; }
-  uint64_t mass(Value z) const { return mass_of(z, maximum); }
+  void masses(const Value (&values)[kFan], uint64_t (&out)[kFan]) const {
+    float mass[kFan];
+    masses_of(values, maximum, mass);
+    for (int64_t i = 0; i < kFan; ++i) out[i] = round_to_integer(mass[i]);
+  }
 
   static void load(const T* from, int64_t count, Value (&values)[kFan]) { load_z(from, count, values); }
   static Key key(Value z) { return z == z ? ordered(z) : kBad; }
@@ -182,7 +188,7 @@ class Row {
   void masses(int64_t block, uint64_t (&out)[kFan]) const {
     Value values[kFan];
     load(block, values);
-    for (int64_t i = 0; i < kFan; ++i) out[i] = kind_.mass(values[i]);
+    kind_.masses(values, out);
   }
 
   void add_up() {
