@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The judge of decoding: csrc/kernels/decoding.h again in Python's integers and fractions, one row at a time.
 
-Written from the contract alone and without the project's native code; exp_mass and Philox are those of sampling_oracle.
+Written from the contract alone and without the project's native code; the masses of distances and Philox are those of
+sampling_oracle.
 """
 
 import math
@@ -28,7 +29,7 @@ def masses(logits: np.ndarray) -> list[int] | None:
     z = np.minimum(logits.astype(np.float32), sampling_oracle.FLOAT_MAX)
     if np.isnan(z).any() or z.max() == -np.inf:
         return None
-    return sampling_oracle.exp_mass(z - z.max()).tolist()
+    return sampling_oracle.masses(z - z.max()).tolist()
 
 
 def draw(u: int, weights: list[int]) -> int:

@@ -13,7 +13,7 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-constexpr int64_t kRowBlock = 256;         // tokens
+constexpr int64_t kRowBlock = 512;         // tokens
 constexpr int64_t kGrainTokens = 1 << 14;  // tokens worth waking another core for
 
 inline int64_t row_blocks(int64_t V) { return (V + kRowBlock - 1) / kRowBlock; }
@@ -63,37 +63,45 @@ inline void masses_of(const float (&z)[size], float maximum, float (&mass)[size]
   for (int64_t i = 0; i < size; i += kLanes<float>) store(mass + i, rounded(weigher.mass(load(z + i))));
 }
 
-// The largest of a whole block, NaN when one is.
-template <class T>
-inline float maximum_of_block(const T* x) {
-  FloatVec best = load_wide(x);
-  IntVec is_nan = best != best;
-  for (int64_t i = kLanes<float>; i < kRowBlock; i += kLanes<float>) {
-    const FloatVec next = load_wide(x + i);
-    is_nan |= next != next;
-    best = max(next, best);
-  }
-  best = is_nan ? broadcast(NAN) : best;
-  float lanes[kLanes<float>];
-  store(lanes, best);
-  for (int width = kLanes<float> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) {
-      const float other = lanes[i + width];
-      lanes[i] = other > lanes[i] || other != other ? other : lanes[i];
+// The vectors of a block of `count` logits, by f(i, vector); beyond them -inf. Their z, but for -0, which no use of it
+// tells from 0.
+template <class T, class F>
+inline void for_block(const T* logits, int64_t count, const F& f) {
+  if constexpr (sizeof(T) < 8) {
+    if (count == kRowBlock) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kRowBlock; i += kLanes<float>) {
+        const FloatVec x = load_wide(logits + i);
+        f(i, x > FLT_MAX ? broadcast(FLT_MAX) : x);
+      }
+      return;
     }
   }
-  return lanes[0];
+  float z[kRowBlock];
+  load_z(logits, count, z);
+  for (int64_t i = 0; i < kRowBlock; i += kLanes<float>) f(i, load(z + i));
 }
 
-// Of the first `count` elements of it.
+// The largest z of a block, NaN when one is. Several at a time: a maximum waits for the one before.
 template <class T>
-inline float maximum_of_block(const T* x, int64_t count) {
-  if constexpr (sizeof(T) < 8) {
-    if (count == kRowBlock) return maximum_of_block(x);
+inline float maximum_of_block(const T* logits, int64_t count) {
+  constexpr int kChains = 4;
+  FloatVec best[kChains];
+  IntVec is_nan[kChains] = {};
+  for (FloatVec& x : best) x = broadcast(-INFINITY);
+  for_block(logits, count, [&](int64_t i, FloatVec x) {
+    const int64_t chain = i / kLanes<float> % kChains;
+    is_nan[chain] |= x != x;
+    best[chain] = max(x, best[chain]);
+  });
+  for (int j = 1; j < kChains; ++j) {
+    is_nan[0] |= is_nan[j];
+    best[0] = max(best[j], best[0]);
   }
-  float z[kRowBlock];
-  load_z(x, count, z);
-  return maximum_of_block(z);
+  for (int i = 0; i < kLanes<float>; ++i) {
+    if (is_nan[0][i] != 0) return NAN;
+  }
+  return maximum<float>(best[0]) + 0.0f;
 }
 
 // The largest z, NaN when one is. block_maxima: null, or one for every block.
@@ -101,7 +109,7 @@ template <class T>
 float maximum_of_row(const T* logits, int64_t V, float* block_maxima) {
   float m = -INFINITY;
   for (int64_t block = 0; block < row_blocks(V); ++block) {
-    const float of_block = clamped(maximum_of_block(logits + block * kRowBlock, row_block_size(block, V)));
+    const float of_block = maximum_of_block(logits + block * kRowBlock, row_block_size(block, V));
     if (block_maxima != nullptr) block_maxima[block] = of_block;
     if (of_block != of_block) return of_block;
     m = of_block > m ? of_block : m;
@@ -115,10 +123,9 @@ uint64_t mass_of_row(const T* logits, int64_t V, float maximum, uint64_t* block_
   const Weigher weigher(maximum, unit_falloff());
   uint64_t total = 0;
   for (int64_t block = 0; block < row_blocks(V); ++block) {
-    float z[kRowBlock];
-    load_z(logits + block * kRowBlock, row_block_size(block, V), z);
     ExactSum sum;
-    for (int64_t i = 0; i < kRowBlock; i += kLanes<float>) sum.add(weigher.mass(load(z + i)));
+    for_block(logits + block * kRowBlock, row_block_size(block, V),
+              [&](int64_t, FloatVec z) { sum.add(weigher.mass(z)); });
     const uint64_t of_block = sum.total();
     if (block_mass != nullptr) block_mass[block] = of_block;
     total += of_block;
