@@ -3,7 +3,8 @@
 //
 // It may be a tenth of the vocabulary, too much for a list. A sample of the row tells about where it ends. One pass
 // then adds up what is above that place and lists what is around it; the end is found in the list, exactly. Where the
-// sample misled, the sums show it, and the pass is made again over what it left out: a guess costs time, never a bit.
+// sample misled, the sums show it, and the pass is made again a little higher or lower: a guess costs time, never a
+// bit.
 #pragma once
 
 #include <cmath>
@@ -13,19 +14,6 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
-
-// Tokens by the octaves of their mass, eight bins each: bin j has masses near 2^(j / 8 - 8).
-constexpr int kMassBins = 8 * (kMassBits + 8) + 1;
-
-inline float bin_mass(int bin) {
-  constexpr uint32_t kOctaves = 8;
-  return bits_to_float(kEighthPowers[bin & 7] + (static_cast<uint32_t>(bin) << 20) - (kOctaves << 23));
-}
-
-// The least y of a bin.
-inline float bin_floor(const Row& row, int bin) {
-  return row.maximum + (static_cast<float>(bin) / 8 + kNoMass - 1.0f / 16) / row.scale.scale;
-}
 
 // Tokens >= high are in, tokens < low are out, as far as a guess goes; those between are candidates.
 struct Bracket {
@@ -46,50 +34,28 @@ struct NucleusWork {
   int64_t logits_element;  // bytes
 };
 
-// Every stride-th vector of the row.
-inline int64_t sampling_stride(int64_t V) {
-  constexpr int64_t kEnough = 2048, kMost = 16;
-  const int64_t stride = V / kEnough;
-  return stride < 1 ? 1 : stride > kMost ? kMost : stride;
-}
-
-// Four counts of every bin side by side, so that equal tokens one after the other need not wait for each other.
-using BinCounts = int32_t[kMassBins][4];
-
-void count_by_mass(const Row& row, int64_t stride, BinCounts& count) {
-  constexpr int64_t n = kLanes<float>;
-  const Weigher weigher = row.weigher();
-  for (int64_t i = 0; i + n <= row.V; i += n * stride) {
-    int32_t bins[n];
-    store(bins, weigher.bin(load(row.y + i)));
-    for (int64_t lane = 0; lane < n; ++lane) ++count[bins[lane]][lane % 4];
-  }
-}
-
-// Where the mass beyond the nucleus, `outside`, ends: by the sample, two standard deviations to either side.
+// Where the mass beyond the nucleus, `outside`, ends: by the sample, two standard deviations to either side. Tokens so
+// few that the sample may have missed them, and all the mass with them, are candidates.
 Bracket guess(const Row& row, uint64_t outside) {
-  constexpr double kDeviations = 2, kFew = 512;
-  const int64_t stride = sampling_stride(row.V);
-  BinCounts count = {};
-  count_by_mass(row, stride, count);
-  const double allowed = static_cast<double>(outside), weight = static_cast<double>(stride);
+  constexpr double kSquaredDeviations = 4, kFew = 256, kFewEnough = 1024;
+  const MassSample sample(row);
+  const double allowed = static_cast<double>(outside);
   double tail = 0, variance = 0, above = static_cast<double>(row.V);
   int low = 0, high = kMassBins;
   for (int bin = 0; bin < kMassBins && high == kMassBins; ++bin) {
-    const double mass = static_cast<double>(bin_mass(bin)),
-                 tokens = weight * (count[bin][0] + count[bin][1] + count[bin][2] + count[bin][3]);
+    const double mass = static_cast<double>(bin_mass(bin)), tokens = sample.tokens(bin);
     tail += tokens * mass;
-    variance += tokens * (weight - 1) * mass * mass;
+    variance += tokens * (sample.weight() - 1) * mass * mass;
     const double left = allowed - tail;
-    const bool sure = left * left >= kDeviations * kDeviations * variance;
-    if (sure && left >= 0) {
+    const bool sure = left * left >= kSquaredDeviations * variance;
+    if (sure && left < 0) {
+      high = bin + 1;
+    } else if (sure && above - tokens >= kFew) {
       low = bin + 1;
       above -= tokens;
-    } else if (sure) {
-      high = bin + 1;
     }
   }
-  const bool all_above = above <= kFew || high == kMassBins;
+  const bool all_above = above <= kFewEnough || high == kMassBins;
   const float lowest = bin_floor(row, low);
   return {lowest > kLeastLive ? lowest : kLeastLive, all_above ? INFINITY : bin_floor(row, high)};
 }
@@ -141,13 +107,15 @@ uint64_t list_sum(const Candidate* list, int64_t n) {
 // The shortest prefix of the row's order with mass >= needed, `total` being the mass of all.
 Nucleus find_nucleus(const Row& row, uint64_t needed, uint64_t total, const NucleusWork& w) {
   Bracket bracket = guess(row, total - needed);
+  float step = 1 / row.scale.scale;  // an octave of mass
   Pass pass;
-  for (;;) {
+  for (;; step *= 4) {
     pass = pass_over(row, bracket, w);
     if (pass.mass_above >= needed) {
-      bracket = {bracket.high, INFINITY};
+      bracket = {bracket.high, bracket.high + step};
     } else if (pass.mass_above + list_sum(w.candidates, pass.num_candidates) < needed) {
-      bracket = {kLeastLive, bracket.low};
+      const float lower = bracket.low - step;
+      bracket = {lower > kLeastLive ? lower : kLeastLive, bracket.low};
     } else {
       break;
     }

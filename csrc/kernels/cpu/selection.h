@@ -10,111 +10,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/cpu/masses.h"
+#include "kernels/cpu/mass_bins.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
-
-constexpr int64_t kBlock = 1024;  // tokens; what the team divides, and what is skipped when its maximum is too low
-
-// Which lanes of a vector: a mask register where there are some.
-#if defined(__AVX512F__)
-using LaneMask = __mmask16;
-
-inline LaneMask at_least(FloatVec x, FloatVec bound) { return _mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ); }
-inline LaneMask unordered(FloatVec a, FloatVec b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
-inline FloatVec zero_unless(LaneMask mask, FloatVec x) { return _mm512_maskz_mov_ps(mask, x); }
-inline uint32_t lane_bits(LaneMask mask) { return mask; }
-#else
-using LaneMask = IntVec;
-
-inline LaneMask at_least(FloatVec x, FloatVec bound) { return x >= bound; }
-inline LaneMask unordered(FloatVec a, FloatVec b) { return (a != a) | (b != b); }
-inline FloatVec zero_unless(LaneMask mask, FloatVec x) { return float_of(bits_of(x) & mask); }
-inline uint32_t lane_bits(LaneMask mask) {
-#if defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
-#elif defined(LLMKERN_X86)
-  return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes<float>; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
-  return bits;
-#endif
-}
-#endif
-
-// One row at work.
-struct Row {
-  const float* y;  // [V]
-  int64_t V;
-  const FloatVec* block_maxima;  // [blocks], by lanes
-  float maximum;                 // of y
-  int64_t num_live;              // tokens that are not -inf
-  double temperature;
-  Falloff scale;
-  const char* next;  // where the logits of the row lie that this worker reads next: asked for while this one is summed
-
-  int64_t blocks() const { return (V + kBlock - 1) / kBlock; }
-  int64_t block_end(int64_t block) const { return (block + 1) * kBlock < V ? (block + 1) * kBlock : V; }
-  Weigher weigher() const { return Weigher(maximum, scale); }
-};
-
-// Tokens i to i + kLanes of the row after this one, which are of `element` bytes each. To the second level: the first
-// has no room for them. (Always inlined: a function that only prefetches counts as one without effects.)
-[[gnu::always_inline]] inline void prefetch_next(const Row& row, int64_t i, int64_t element) {
-  __builtin_prefetch(row.next + i * element, 0, 2);
-}
-
-inline bool block_reaches(const Row& row, int64_t block, float bound) {
-  return lane_bits(at_least(row.block_maxima[block], broadcast(bound))) != 0;
-}
-
-// Calls f(i, vector) on the tokens of a block, i the first of the vector; lanes beyond the vocabulary read as -inf.
-template <class F>
-void for_block(const float* y, int64_t begin, int64_t end, const F& f) {
-  constexpr int64_t n = kLanes<float>;
-  int64_t i = begin;
-  for (; i + n <= end; i += n) f(i, load(y + i));
-  if (i == end) return;
-  float rest[n];
-  for (int64_t lane = 0; lane < n; ++lane) rest[lane] = i + lane < end ? y[i + lane] : -INFINITY;
-  f(i, load(rest));
-}
-
-// Which tokens of a block, a bit each: those of vector j in bits[j].
-struct BlockBits {
-  static constexpr int kSpare = 4;
-  alignas(64) uint16_t bits[kBlock / kLanes<float>] = {};
-
-  void set(int64_t offset, uint32_t lanes) {
-    bits[static_cast<uint64_t>(offset) / kLanes<float>] = static_cast<uint16_t>(lanes);
-  }
-
-  // Their places in the block, ascending. The number of them.
-  //
-  // How many there are in a word is as good as random. So a few are written whether they are there or not, and only
-  // what is beyond them costs a branch.
-  int64_t list(int32_t (&places)[kBlock + kSpare]) const {
-    constexpr size_t kVectors = sizeof(uint64_t) / sizeof *bits;  // little-endian, as every machine that builds this
-    int64_t size = 0;
-    for (size_t j = 0; j < sizeof bits / sizeof *bits; j += kVectors) {
-      uint64_t word;
-      memcpy(&word, bits + j, sizeof word);
-      const int count = __builtin_popcountll(word);
-      const auto next = [&] {
-        const int bit = __builtin_ctzll(word | uint64_t{1} << 63);
-        word &= word - 1;
-        return (static_cast<int32_t>(j) + bit / 16) * kLanes<float> + bit % 16;
-      };
-      for (int i = 0; i < kSpare; ++i) places[size + i] = next();
-      for (int i = kSpare; i < count; ++i) places[size + i] = next();
-      size += count;
-    }
-    return size;
-  }
-};
 
 // What an order is over: value descending, then id ascending.
 struct Candidate {
@@ -225,12 +125,11 @@ inline Candidate counted(const Candidate& c) { return {c.value, c.id, 1}; }
 constexpr float kLeastLive = -FLT_MAX;  // what every token but -inf reaches
 
 // A value that at least k tokens reach: the k-th largest of the maxima of disjoint groups, which are lanes of some
-// blocks; or kLeastLive when there are too few of them to tell. `work` [V].
+// blocks, at least 2 k of them. `work` [V].
 //
 // Four groups a wanted token: a good bound is a little below the k-th token, and more groups take longer.
-float reached_by(const Row& row, int64_t k, Candidate* work) {
+float reached_by_groups(const Row& row, int64_t k, Candidate* work) {
   constexpr int64_t n = kLanes<float>;
-  if (row.blocks() * n < 2 * k) return kLeastLive;
   const int64_t wanted = (4 * k + n - 1) / n, vectors = wanted < row.blocks() ? wanted : row.blocks();
   int64_t live = 0;
   for (int64_t first = 0; first < vectors; ++first) {
@@ -246,9 +145,23 @@ float reached_by(const Row& row, int64_t k, Candidate* work) {
   return live < k ? kLeastLive : shortest_prefix(work, live, static_cast<uint64_t>(k), work, counted).value;
 }
 
+// A value that k tokens may reach, by a sample: three standard deviations more of them.
+float reached_by_sample(const Row& row, int64_t k) {
+  const MassSample sample(row);
+  const double wanted = static_cast<double>(k), slack = 3 * std::sqrt(wanted * sample.weight());
+  double above = 0;
+  for (int bin = kMassBins - 1; bin > 0; --bin) {
+    above += sample.tokens(bin);
+    if (above >= wanted + slack) return bin_floor(row, bin);
+  }
+  return kLeastLive;
+}
+
 // Lists the first k of the order, k <= row.num_live, by ascending id.
 int64_t list_first(const Row& row, int64_t k, Candidate* work, Candidate* out) {
-  const int64_t n = gather(row, reached_by(row, k, work), out);
+  const bool few = 2 * k <= row.blocks() * kLanes<float>;
+  int64_t n = gather(row, few ? reached_by_groups(row, k, work) : reached_by_sample(row, k), out);
+  if (n < k) n = gather(row, kLeastLive, out);  // the sample misled
   return keep_prefix(out, n, static_cast<uint64_t>(k), work, counted);
 }
 
