@@ -65,27 +65,6 @@ def check_device(op: str, first: str, name: str, tensor: Tensor, device: torch.d
         )
 
 
-def of_rows(
-    op: str,
-    first: str,
-    seed: int | Tensor | None,
-    position: int | Tensor | None,
-    generator: Generator | None,
-    B: int,
-    device: torch.device,
-    draws: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Seeds [1] or [B] and positions [B] of B rows, each of which uses so many successive positions.
-
-    By default no two rows share a pair of seed and position.
-    """
-    per_row = isinstance(seed, Tensor) and seed.dim() == 1
-    return (
-        _seeds(op, first, seed, generator, B, device),
-        _positions(op, first, position, per_row, B, device, draws),
-    )
-
-
 def _int64_rows(
     op: str, first: str, name: str, value: Tensor, B: int, device: torch.device
 ) -> Tensor:
@@ -94,7 +73,7 @@ def _int64_rows(
     return value if value.dtype == torch.int64 else value.to(torch.int64)
 
 
-def _seeds(
+def seeds(
     op: str,
     first: str,
     seed: int | Tensor | None,
@@ -102,6 +81,7 @@ def _seeds(
     B: int,
     device: torch.device,
 ) -> Tensor:
+    """Of B rows: [1] or [B]."""
     if seed is None:
         return drawn(generator, (1,), device)
     if generator is not None:
@@ -113,26 +93,24 @@ def _seeds(
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
-def _positions(
+def positions(
     op: str,
     first: str,
     position: int | Tensor | None,
     seed_per_row: bool,
     B: int,
     device: torch.device,
-    draws: int,
-) -> Tensor:
+) -> Tensor | None:
+    """Of B rows: [1] or [B]; None is the operator's default."""
+    if position is None:
+        return None
     if isinstance(position, Tensor):
         rows = _int64_rows(op, first, "position", position, B, device)
-        return rows if rows.dim() == 1 else rows.expand(B)
-    if position is None:
-        if seed_per_row:
-            return torch.zeros(B, dtype=torch.int64, device=device)
-        return torch.arange(0, B * draws, draws, device=device)
+        return rows if rows.dim() == 1 else rows.reshape(1)
     check_int64(op, "position", position, "B")
     if B > 1 and not seed_per_row:
         raise ValueError(
             f"llmkern.{op}: expected seed to be a Tensor [B] beside an int position, got one seed for B = {B} rows, "
             f"which would give every row the same random number; pass position as a Tensor [B] if that is meant"
         )
-    return torch.full((B,), position, dtype=torch.int64, device=device)
+    return torch.full((1,), position, dtype=torch.int64, device=device)

@@ -61,6 +61,28 @@ def _check_logits(op: str, name: str, logits: Tensor, letters: str) -> None:
         )
 
 
+def _draws(
+    op: str,
+    first: str,
+    seed: int | Tensor | None,
+    position: int | Tensor | None,
+    generator: Generator | None,
+    B: int,
+    numbers: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Seeds [1] or [B] and positions [B] of rows that use so many successive positions each.
+
+    By default no two rows share a pair of seed and position.
+    """
+    cpu = torch.device("cpu")
+    seeds = _seed.seeds(op, first, seed, generator, B, cpu)
+    per_row = isinstance(seed, Tensor) and seed.dim() == 1
+    positions = _seed.positions(op, first, position, per_row, B, cpu)
+    if positions is None:
+        positions = seeds.new_zeros(1) if per_row else torch.arange(0, B * numbers, numbers)
+    return seeds, positions.expand(B)
+
+
 def beam_search_step(
     logits: Tensor, scores: Tensor, *, num_candidates: int | None = None
 ) -> BeamCandidates:
@@ -185,9 +207,7 @@ def speculative_verify(
     if draft_logits is not None and draft_logits.dtype != target_logits.dtype:
         draft_logits, target_logits = draft_logits.float(), target_logits.float()
     _checks.check_same_device(op, {"target_logits": target_logits, "draft_ids": draft_ids})
-    seeds, positions = _seed.of_rows(
-        op, "target_logits", seed, position, generator, B, target_logits.device, n + 1
-    )
+    seeds, positions = _draws(op, "target_logits", seed, position, generator, B, n + 1)
     tokens, num_accepted, logprobs = torch.ops.llmkern.speculative_verify.default(
         draft_ids.to(torch.int64), draft_logits, target_logits, seeds, positions
     )
@@ -265,9 +285,7 @@ def multinomial(
         )
     _check_num_samples(num_samples, input.shape[-1], replacement, from_logits)
     rows = input.detach() if input.dim() == 2 else input.detach().unsqueeze(0)
-    seeds, positions = _seed.of_rows(
-        op, "input", seed, position, generator, rows.shape[0], rows.device
-    )
+    seeds, positions = _draws(op, "input", seed, position, generator, rows.shape[0])
     try:
         tokens = torch.ops.llmkern.multinomial.default(
             rows, num_samples, replacement, from_logits, seeds, positions
