@@ -44,7 +44,7 @@ inline float z_of(T logit) {
 
 inline uint64_t mass_of(float z, float maximum) { return round_to_integer(exp_mass(z - maximum, unit_falloff())); }
 
-// z of `count` tokens, at most `size`; up to there -inf.
+// z of `count` tokens; beyond them -inf.
 template <int64_t size, class T>
 inline void load_z(const T* logits, int64_t count, float (&z)[size]) {
   if constexpr (sizeof(T) == 2) {

@@ -3,7 +3,6 @@
 //
 // Masses are not kept, only sums of them: of every 64 categories, of 64 of these, and so on. A draw walks down and
 // computes the last 64 again; taking a category out sets its bit in a word that those 64 share.
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
