@@ -12,7 +12,15 @@
 namespace llmkern {
 
 // What a random number is for: part of the counter, so that one seed never gives the same number twice.
-enum class Purpose : uint32_t { kSample = 1, kDropout = 2, kZoneoutCell = 3, kZoneoutHidden = 4 };
+enum class Purpose : uint32_t {
+  kSample = 1,
+  kDropout = 2,
+  kZoneoutCell = 3,
+  kZoneoutHidden = 4,
+  kDraftTest = 5,  // this and the next: kernels/decoding.h
+  kDraftReplacement = 6,
+  kMultinomial = 7
+};
 
 namespace {
 

@@ -38,6 +38,7 @@ void check_shape(const char* name, const Array<T>& array, const std::vector<py::
 
 // One function a family, called by module.cpp.
 void bind_cross_entropy(py::module_& m);
+void bind_decoding(py::module_& m);
 void bind_dropout(py::module_& m);
 void bind_embedding(py::module_& m);
 void bind_lstm(py::module_& m);

@@ -5,6 +5,7 @@
 PYBIND11_MODULE(_reference, m) {
   m.doc() = "Scalar float64 reference kernels: what parity tests and `llmkern check` compare with.";
   llmkern::reference::bind_cross_entropy(m);
+  llmkern::reference::bind_decoding(m);
   llmkern::reference::bind_dropout(m);
   llmkern::reference::bind_embedding(m);
   llmkern::reference::bind_lstm(m);

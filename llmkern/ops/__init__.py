@@ -3,13 +3,23 @@
 
 from llmkern.ops._deferred import raise_deferred_errors
 from llmkern.ops.cross_entropy import linear_cross_entropy
+from llmkern.ops.decoding import (
+    BeamCandidates,
+    Verified,
+    beam_search_step,
+    multinomial,
+    speculative_verify,
+)
 from llmkern.ops.dropout import dropout
 from llmkern.ops.embedding import embedding
 from llmkern.ops.lstm import lstm, lstm_cell, lstm_pack
 from llmkern.ops.sampling import SampleOutput, filter_logits, sample
 
 __all__ = [
+    "BeamCandidates",
     "SampleOutput",
+    "Verified",
+    "beam_search_step",
     "dropout",
     "embedding",
     "filter_logits",
@@ -17,6 +27,8 @@ __all__ = [
     "lstm",
     "lstm_cell",
     "lstm_pack",
+    "multinomial",
     "raise_deferred_errors",
     "sample",
+    "speculative_verify",
 ]

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import NamedTuple, cast
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from llmkern.ops import _checks, _seed
 
@@ -73,7 +73,7 @@ def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
     columns = []
     for name, value in zip(_RANGES, values, strict=True):
         if isinstance(value, Tensor):
-            _check_row_tensor(name, value, B, device)
+            _seed.check_row_tensor(_OP, "logits", name, value, B, device)
             columns.append(value.detach().to(torch.float64).expand(B))
         else:
             check_setting(name, value)
@@ -90,61 +90,6 @@ def _number_settings(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 # A decoding loop passes the same numbers at every step.
 _cached_number_settings = functools.lru_cache(maxsize=64)(_number_settings)
-
-
-def _check_row_tensor(name: str, tensor: Tensor, B: int, device: torch.device) -> None:
-    if tensor.shape not in ((), (B,)):
-        raise ValueError(
-            f"llmkern.sample: expected {name} of shape [B] = [{B}], got {list(tensor.shape)}"
-        )
-    _check_device(name, tensor, device)
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(
-            f"llmkern.sample: expected every tensor on one device, got logits on {device} "
-            f"and {name} on {tensor.device}"
-        )
-
-
-def _int64_rows(name: str, value: Tensor, B: int, device: torch.device) -> Tensor:
-    _checks.check_dtype(_OP, name, value, _checks.INDEX_DTYPES)
-    _check_row_tensor(name, value, B, device)
-    return value if value.dtype == torch.int64 else value.to(torch.int64)
-
-
-def seeds(
-    seed: int | Tensor | None, generator: Generator | None, B: int, device: torch.device
-) -> Tensor:
-    """[1] or [B]."""
-    if seed is None:
-        return _seed.drawn(generator, (1,), device)
-    if generator is not None:
-        raise ValueError("llmkern.sample: expected a seed or a generator, got both")
-    if isinstance(seed, Tensor):
-        rows = _int64_rows("seed", seed, B, device)
-        return rows if rows.dim() == 1 else rows.reshape(1)
-    _seed.check_int64(_OP, "seed", seed, "B")
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
-
-
-def positions(
-    position: int | Tensor | None, seed_per_row: bool, B: int, device: torch.device
-) -> Tensor | None:
-    """[1] or [B]; None is the default, which the kernel knows."""
-    if position is None:
-        return None
-    if isinstance(position, Tensor):
-        rows = _int64_rows("position", position, B, device)
-        return rows if rows.dim() == 1 else rows.reshape(1)
-    _seed.check_int64(_OP, "position", position, "B")
-    if B > 1 and not seed_per_row:
-        raise ValueError(
-            f"llmkern.sample: expected seed to be a Tensor [B] beside an int position, got one seed for B = {B} rows, "
-            f"which would give every row the same random number; pass position as a Tensor [B] if that is meant"
-        )
-    return torch.full((1,), position, dtype=torch.int64, device=device)
 
 
 class BiasTensors(NamedTuple):
@@ -214,7 +159,7 @@ def _check_vocabulary(
             f"llmkern.sample: expected {name} of shape [{letter}] = [{size}] or [B, {letter}] = [{B}, {size}], "
             f"got {list(tensor.shape)}"
         )
-    _check_device(name, tensor, device)
+    _seed.check_device(_OP, "logits", name, tensor, device)
 
 
 def ids(name: str, value: Ids | None, B: int, batched: bool, device: torch.device) -> Tensor | None:
@@ -226,7 +171,7 @@ def ids(name: str, value: Ids | None, B: int, batched: bool, device: torch.devic
         value = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         value = value.to(device)
     _checks.check_dtype(_OP, name, value, _checks.INDEX_DTYPES)
-    _check_device(name, value, device)
+    _seed.check_device(_OP, "logits", name, value, device)
     if not batched and value.dim() == 1:
         value = value.unsqueeze(0)
     if value.dim() != 2 or value.shape[0] != B:

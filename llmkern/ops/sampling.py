@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from llmkern.ops import _checks
+from llmkern.ops import _checks, _seed
 from llmkern.ops import _sampling_arguments as arguments
 from llmkern.ops._sampling_arguments import Bias, Ids, Setting
 
@@ -136,8 +136,8 @@ def sample(
         arguments.ids("prompt_ids", prompt_ids, B, batched, device),
         arguments.ids("output_ids", output_ids, B, batched, device),
         arguments.settings(settings, rows),
-        arguments.seeds(seed, generator, B, device),
-        arguments.positions(position, seed_per_row, B, device),
+        _seed.seeds("sample", "logits", seed, generator, B, device),
+        _seed.positions("sample", "logits", position, seed_per_row, B, device),
         num_logprobs,
         return_logprob,
         return_entropy,
