@@ -65,7 +65,8 @@ template <class Op>
 void fill_tile(const typename Op::Storage* rows, int64_t stride, int64_t K, int64_t count, int64_t height,
                Word<Op>* to) {
   constexpr int64_t lanes = kLanes<Word<Op>>;
-  if (words_of<Op>(K) == lanes && K % Op::kTerms == 0 && height <= lanes) {
+  constexpr int64_t kWorthIt = 4;  // rows
+  if (words_of<Op>(K) == lanes && K % Op::kTerms == 0 && height <= lanes && count >= kWorthIt) {
     Vec<Word<Op>> square[lanes];
     for (int64_t i = 0; i < lanes; ++i) square[i] = i < count ? Op::words(rows + i * stride) : Vec<Word<Op>>{};
     transpose<Word<Op>>(square);
@@ -140,6 +141,12 @@ struct Gates {
   static void share(const Storage* from, int64_t count, int64_t row, int64_t k, int64_t M, int64_t K,
                     Word<Op>* shared) {
     fill_row<Op, kForwardRows>(from, count, row, k / Op::kTerms, M, words_of<Op>(K), shared);
+  }
+  // The same of the first `count` rows of a tile, kUnits apart.
+  static void share_tile(const Storage* rows, int64_t width, int64_t first, int64_t count, int64_t k, int64_t M,
+                         int64_t K, Word<Op>* shared) {
+    fill_tile<Op>(rows, kUnits<Sum<Op>>, width, count, tile_height<kForwardRows>(first, M),
+                  in_tiles<kForwardRows>(shared, first, k / Op::kTerms, M, words_of<Op>(K)));
   }
   static const Word<Op>* tiles(const Word<Op>* shared, int64_t, int64_t) { return shared; }
 
