@@ -121,7 +121,7 @@ struct Gates<Bytes> {
     return own;
   }
 
-  static void multiply(int64_t M, int64_t, int64_t K, const int32_t* tiles, const int32_t* panel, float* c,
+  static void multiply(int64_t M, int64_t, int64_t K, const int32_t* tiles, const int32_t* panel, int64_t, float* c,
                        bool accumulate) {
     const int64_t size = ByteRow::size(K);
     for (; M >= kRows; M -= kRows, tiles += kRows * size, c += kRows * kGatesWidth<float>) {

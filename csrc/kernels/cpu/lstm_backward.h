@@ -143,7 +143,7 @@ void Backward<Op>::pack(const Share& share) const {
 template <class Op>
 void Backward<Op>::carry(const Work& work, int64_t panel, int64_t t, const Word<Op>* above) const {
   const int64_t active = schedule.active(t), n = units_of<S>(panel, a.P);
-  multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, recurrent + panel * panel_words(), work.dh,
+  multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, recurrent + panel * panel_words(), n, work.dh,
                                  false);
   for (int64_t i = 0; i < active; ++i) {
     const int64_t row = schedule.row(i);
@@ -161,7 +161,8 @@ void Backward<Op>::carry_to_input(const Work& work, int64_t t, const Word<Op>* a
   const Share mine = projected<S>(work.share, a.H, a.I);
   const int64_t active = schedule.active(t);
   for (int64_t p = mine.begin; p < mine.end; ++p) {
-    multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, inputs + p * panel_words(), work.dh, false);
+    multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, inputs + p * panel_words(),
+                                   units_of<S>(p, a.I), work.dh, false);
     for (int64_t i = 0; i < active; ++i) {
       T* to = a.grad_input + (t * a.B + schedule.row(i)) * a.I + p * kUnits<S>;
       store_narrow(to, load(work.dh + i * kUnits<S>), units_of<S>(p, a.I));
@@ -199,7 +200,8 @@ template <class Op>
 void Backward<Op>::unproject(const Work& work, int64_t t) const {
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     multiply<Op, kBackwardRows, 1>(schedule.active(t), a.B, words_of<Op>(a.P), dh_tiles,
-                                   packed_hr + p * projection_words(), work.hidden_row(p, 0, a.B), false);
+                                   packed_hr + p * projection_words(), units_of<S>(p, a.H), work.hidden_row(p, 0, a.B),
+                                   false);
   }
 }
 

@@ -186,7 +186,8 @@ void Forward<Op>::multiply_inputs(const Work& work, int64_t step, int64_t steps)
     }
   }
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-    Gates<Op>::multiply(rows, rows, a.I, work.input_tiles, weights.input(p), work.input_row(p, 0, a.B), false);
+    Gates<Op>::multiply(rows, rows, a.I, work.input_tiles, weights.input(p), units_of<S>(p, a.H),
+                        work.input_row(p, 0, a.B), false);
   }
 }
 
@@ -335,7 +336,8 @@ void Forward<Op>::run_step(const Work& work, int64_t step) const {
   for (int64_t first = work.share.begin; first < work.share.end; first += work.group) {
     const int64_t last = first + work.group < work.share.end ? first + work.group : work.share.end;
     for (int64_t p = first; p < last; ++p) {
-      Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), work.products + (p - first) * size, false);
+      Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), units_of<S>(p, a.H),
+                          work.products + (p - first) * size, false);
     }
     for (int64_t p = first; p < last; ++p) {
       finish(work, p, t, work.input_row(p, input_row, a.B), work.products + (p - first) * size, hidden[(step + 1) % 2]);
@@ -351,7 +353,7 @@ void Forward<Op>::run_normalized_step(const Work& work, int64_t step) const {
   const Word<Op>* tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     S* of_panel = work.row(p, 0, a.B);
-    Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), of_panel, false);
+    Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), units_of<S>(p, a.H), of_panel, false);
     for (int64_t i = 0; i < active; ++i) {
       put_gate_moments(of_panel + i * kGatesWidth<S>, units_of<S>(p, a.H), hidden_moments.at(p, i));
     }
@@ -407,7 +409,7 @@ void Forward<Op>::project(const Work& work, int64_t t, Shared* after) const {
   const int64_t active = schedule.active(t), words = words_of<Projection>(a.H);
   for (int64_t p = share.begin; p < share.end; ++p) {
     multiply<Projection, kForwardRows, 1>(active, a.B, words, unprojected_tiles, packed_hr + p * words * kUnits<S>,
-                                          work.projection, false);
+                                          units_of<S>(p, a.P), work.projection, false);
     for (int64_t first = 0; first < active; first += kForwardRows) {
       const int64_t count = active - first < kForwardRows ? active - first : kForwardRows;
       Vec<S> outputs[kForwardRows];

@@ -31,6 +31,9 @@ typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 typedef int64_t LongVec __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));  // as many as a vector has floats
 
+typedef float HalfFloatVec __attribute__((vector_size(kVectorBytes / 2)));
+typedef int32_t HalfIntVec __attribute__((vector_size(kVectorBytes / 2)));
+
 template <class T>
 struct VecOf;
 template <>
@@ -64,6 +67,22 @@ struct IndexOf<int32_t> {
 
 template <class T>
 using Vec = typename VecOf<T>::type;
+
+// Half a vector: with AVX-512 what takes half the time. Of other types and builds, a whole one.
+template <class T>
+struct HalfOf {
+  using type = Vec<T>;
+};
+#if defined(__AVX512F__)
+template <>
+struct HalfOf<float> {
+  using type = HalfFloatVec;
+};
+template <>
+struct HalfOf<int32_t> {
+  using type = HalfIntVec;
+};
+#endif
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
@@ -132,6 +151,10 @@ inline FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
   return a * b + c;
 #endif
 }
+
+#if defined(__AVX512F__)
+inline HalfFloatVec fma(HalfFloatVec a, HalfFloatVec b, HalfFloatVec c) { return _mm256_fmadd_ps(a, b, c); }
+#endif
 
 inline DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) {
 #if defined(__AVX512F__)
