@@ -327,6 +327,7 @@ void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* af
   const int64_t active = schedule.active(t);
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     for (int64_t i = 0; i < active; ++i) {
+      fetch(p, t, i + kFetchAhead);
       const Token at = token(t, i);
       if (!projects()) store(work.hidden_row(p, i, a.B), hidden_gradient(work, at, p));
       normalized_cell(work, p, at, norm_cell);
