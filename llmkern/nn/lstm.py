@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from llmkern import ops
 from llmkern.nn._packing import PackedWeights, checked_dtype, parameters_of, records_nothing
@@ -220,13 +220,18 @@ class LSTM(nn.RNNBase):
     ) -> tuple[PackedSequence, State]:
         """Rows in the order of the packed data, the longest first; states in the order of the caller."""
         data, batch_sizes, order, place = input
-        steps, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+        places, lengths = _places(batch_sizes)
+        T, B = len(batch_sizes), len(lengths)
+        places, lengths = places.to(data.device), lengths.to(data.device)
+        # torch's own padding fills a slice for each length, and its backward pass copies all of it as often.
+        padding = data.new_zeros(T * B, *data.shape[1:])
+        steps = padding.index_copy(0, places, data).unflatten(0, (T, B))
         self._check_input(steps.transpose(0, 1) if self.batch_first else steps)
         h_0, c_0 = self._initial_state(steps, hx, batched=True)
         if order is not None:
             h_0, c_0 = h_0.index_select(1, order), c_0.index_select(1, order)
-        output, h_n, c_n, _ = self._run_layers(steps, h_0, c_0, lengths.to(data.device))
-        packed = pack_padded_sequence(output, lengths).data
+        output, h_n, c_n, _ = self._run_layers(steps, h_0, c_0, lengths)
+        packed = output.flatten(0, 1).index_select(0, places)
         if place is not None:
             h_n, c_n = h_n.index_select(1, place), c_n.index_select(1, place)
         return PackedSequence(packed, batch_sizes, order, place), (h_n, c_n)
@@ -348,3 +353,10 @@ def _stacked(states: tuple[Tensor, ...]) -> Tensor:
 def _boundaries_backwards(reset: Tensor | None) -> Tensor | None:
     """Who reads backwards forgets before the last step of a document: a boundary lies before the step that is set."""
     return None if reset is None else torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+
+
+def _places(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in [T * B] the rows of packed data lie, and the lengths of the sequences."""
+    rows = torch.arange(int(batch_sizes[0]), device=batch_sizes.device)
+    runs = rows < batch_sizes.unsqueeze(1)
+    return runs.flatten().nonzero().squeeze(1), runs.sum(0)

@@ -110,6 +110,10 @@ struct Gates<Bytes> {
   static void share(const float* from, int64_t count, int64_t row, int64_t k, int64_t, int64_t K, float* shared) {
     memcpy(shared + row * K + k, from, static_cast<size_t>(count) * sizeof(float));
   }
+  static void share_tile(const float* rows, int64_t width, int64_t first, int64_t count, int64_t k, int64_t M,
+                         int64_t K, float* shared) {
+    for (int64_t i = 0; i < count; ++i) share(rows + i * kUnits<float>, width, first + i, k, M, K, shared);
+  }
   // Every worker makes its own: that takes less than another barrier.
   static const int32_t* tiles(const float* shared, int64_t M, int64_t K) {
     int32_t* own = scratch<int32_t>(Slot::kTiles, tile_words(M, K));
@@ -117,7 +121,7 @@ struct Gates<Bytes> {
     return own;
   }
 
-  static void multiply(int64_t M, int64_t, int64_t K, const int32_t* tiles, const int32_t* panel, float* c,
+  static void multiply(int64_t M, int64_t, int64_t K, const int32_t* tiles, const int32_t* panel, int64_t, float* c,
                        bool accumulate) {
     const int64_t size = ByteRow::size(K);
     for (; M >= kRows; M -= kRows, tiles += kRows * size, c += kRows * kGatesWidth<float>) {

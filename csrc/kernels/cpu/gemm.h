@@ -172,22 +172,25 @@ void pack_tiles(const Matrix<typename Op::Storage>& a, int64_t M, int64_t K, Wor
 
 // C[rows, columns * lanes] = tile[K, rows]^T panel[K, columns * lanes]  (+ C) for K words, all of it in registers. No
 // partial store in here: gcc would keep the accumulators in memory for it. `ahead`: that many bytes further on lies
-// what of the panel is wanted next, and is fetched. `width` is that of the whole panel.
-template <class Op, int rows, int columns, int64_t ahead, int64_t width = columns * kLanes<Word<Op>>>
+// what of the panel is wanted next, and is fetched. `width` is that of the whole panel. `half`: only the first half of
+// each vector of columns is multiplied; the other one is 0.
+template <class Op, int rows, int columns, int64_t ahead, int64_t width = columns * kLanes<Word<Op>>, bool half = false>
 void multiply_whole(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<Op>* c, int64_t c_stride,
                     bool accumulate) {
+  using Words = std::conditional_t<half, typename HalfOf<Word<Op>>::type, Vec<Word<Op>>>;
+  using Sums = std::conditional_t<half, typename HalfOf<Sum<Op>>::type, Vec<Sum<Op>>>;
   constexpr int lanes = kLanes<Word<Op>>;
-  Vec<Sum<Op>> sums[rows][columns] = {};
+  Sums sums[rows][columns] = {};
   for (int64_t k = 0; k < K; ++k, tile += rows, panel += width) {
-    Vec<Word<Op>> b[columns];
+    Words b[columns];
 #pragma GCC unroll 4
     for (int j = 0; j < columns; ++j) {
-      b[j] = load(panel + j * lanes);
+      memcpy(&b[j], panel + j * lanes, sizeof b[j]);
       if constexpr (ahead > 0) __builtin_prefetch(reinterpret_cast<const char*>(panel + j * lanes) + ahead, 0, 2);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      const Vec<Word<Op>> x = broadcast(tile[i]);
+      const Words x = tile[i] - Words{};  // broadcast
 #pragma GCC unroll 4
       for (int j = 0; j < columns; ++j) sums[i][j] = Op::multiply_add(x, b[j], sums[i][j]);
     }
@@ -196,7 +199,11 @@ void multiply_whole(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<
   for (int i = 0; i < rows; ++i, c += c_stride) {
 #pragma GCC unroll 4
     for (int j = 0; j < columns; ++j) {
-      store(c + j * lanes, accumulate ? load(c + j * lanes) + sums[i][j] : sums[i][j]);
+      Sums before = {};
+      if (accumulate) memcpy(&before, c + j * lanes, sizeof before);
+      const Sums total = accumulate ? before + sums[i][j] : sums[i][j];
+      if constexpr (sizeof total < kVectorBytes) store(c + j * lanes, Vec<Sum<Op>>{});
+      memcpy(c + j * lanes, &total, sizeof total);
     }
   }
 }
@@ -214,7 +221,9 @@ void multiply_tile(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<O
     return multiply_whole<Op, rows, 2, 0>(K, tile, panel, c, c_stride, accumulate);
   }
   Sum<Op> whole[rows * kPanel<Op>];  // no partial store in there
-  if (width <= lanes) {
+  if (width <= lanes / 2) {
+    multiply_whole<Op, rows, 1, 0, kPanel<Op>, true>(K, tile, panel, whole, kPanel<Op>, false);
+  } else if (width <= lanes) {
     multiply_whole<Op, rows, 1, 0, kPanel<Op>>(K, tile, panel, whole, kPanel<Op>, false);
   } else {
     multiply_whole<Op, rows, 2, 0>(K, tile, panel, whole, kPanel<Op>, false);

@@ -105,17 +105,18 @@ struct Backward {
   void pack(const Share& share) const;
   void carry(const Work& work, int64_t panel, int64_t t, const Word<Op>* above) const;
   void carry_to_input(const Work& work, int64_t t, const Word<Op>* above) const;
-  void hidden_gradient(const Work& work, int64_t panel, int64_t t) const;
+  Vec<S> hidden_gradient(const Work& work, const Token& at, int64_t panel) const;
+  void project(const Work& work, int64_t panel, int64_t t) const;
   void unproject(const Work& work, int64_t t) const;
-  void run_step(const Work& work, int64_t t, Word<Op>* after) const;
+  void finish(const Work& work, int64_t panel, int64_t t, Word<Op>* after) const;
   void run_normalized_step(const Work& work, int64_t t, Word<Op>* after) const;
   void normalized_cell(const Work& work, int64_t panel, const Token& at, double* gains) const;
   Vec<S> previous_cell(const Token& at, int64_t panel) const;
   Vec<S> new_cell(const Token& at, int64_t panel, Vec<S> before) const;
   Unit output_gradient(const Token& at, int64_t panel, Vec<S> hidden) const;
   void gate_gradients(const Work& work, const Token& at, int64_t panel, const Unit& unit, Vec<S> (&da)[4]) const;
-  void hand_down(const Work& work, int64_t panel, int64_t t, Word<Op>* after) const;
-  void fetch(int64_t panel, int64_t t) const;
+  void hand_down(int64_t panel, int64_t first, int64_t count, const T* rows, Word<Op>* after) const;
+  void fetch(int64_t panel, int64_t t, int64_t i) const;
 };
 
 template <class Op>
@@ -142,7 +143,7 @@ void Backward<Op>::pack(const Share& share) const {
 template <class Op>
 void Backward<Op>::carry(const Work& work, int64_t panel, int64_t t, const Word<Op>* above) const {
   const int64_t active = schedule.active(t), n = units_of<S>(panel, a.P);
-  multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, recurrent + panel * panel_words(), work.dh,
+  multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, recurrent + panel * panel_words(), n, work.dh,
                                  false);
   for (int64_t i = 0; i < active; ++i) {
     const int64_t row = schedule.row(i);
@@ -160,7 +161,8 @@ void Backward<Op>::carry_to_input(const Work& work, int64_t t, const Word<Op>* a
   const Share mine = projected<S>(work.share, a.H, a.I);
   const int64_t active = schedule.active(t);
   for (int64_t p = mine.begin; p < mine.end; ++p) {
-    multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, inputs + p * panel_words(), work.dh, false);
+    multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, inputs + p * panel_words(),
+                                   units_of<S>(p, a.I), work.dh, false);
     for (int64_t i = 0; i < active; ++i) {
       T* to = a.grad_input + (t * a.B + schedule.row(i)) * a.I + p * kUnits<S>;
       store_narrow(to, load(work.dh + i * kUnits<S>), units_of<S>(p, a.I));
@@ -170,24 +172,26 @@ void Backward<Op>::carry_to_input(const Work& work, int64_t t, const Word<Op>* a
 
 // The gradient of h before zoneout; what zoneout hands past the step stays in the running dh.
 template <class Op>
-void Backward<Op>::hidden_gradient(const Work& work, int64_t panel, int64_t t) const {
+[[gnu::always_inline]] inline Vec<Sum<Op>> Backward<Op>::hidden_gradient(const Work& work, const Token& at,
+                                                                         int64_t panel) const {
+  const int64_t first = panel * kUnits<S>, n = units_of<S>(panel, a.P);
+  S* running = grad_h + at.row * a.P + first;
+  Vec<S> dh = load(running, n);
+  if (a.grad_output != nullptr) dh += load_wide(a.grad_output + (at.t * a.B + at.row) * a.P + first, n);
+  if (!work.zoneouts.hidden.any()) return dh;
+  const Vec<S> z = work.zoneouts.hidden.at(at.i, panel);
+  store(running, z * dh, n);
+  return (1 - z) * dh;
+}
+
+// The gradient of a panel of W_hr (o * tanh(c)).
+template <class Op>
+void Backward<Op>::project(const Work& work, int64_t panel, int64_t t) const {
   const int64_t first = panel * kUnits<S>, n = units_of<S>(panel, a.P);
   for (int64_t i = 0; i < schedule.active(t); ++i) {
-    const int64_t row = schedule.row(i), token = t * a.B + row;
-    S* running = grad_h + row * a.P + first;
-    Vec<S> dh = load(running, n);
-    if (a.grad_output != nullptr) dh += load_wide(a.grad_output + token * a.P + first, n);
-    if (work.zoneouts.hidden.any()) {
-      const Vec<S> z = work.zoneouts.hidden.at(i, panel);
-      store(running, z * dh, n);
-      dh = (1 - z) * dh;
-    }
-    if (projects()) {
-      store_narrow(state.grad_projected + (schedule.first(t) + i) * a.P + first, dh, n);
-      scatter<Op, kBackwardRows>(dh, n, dh_tiles, i, first / Op::kTerms, a.B, words_of<Op>(a.P));
-    } else {
-      store(work.hidden_row(panel, i, a.B), dh);
-    }
+    const Vec<S> dh = hidden_gradient(work, token(t, i), panel);
+    store_narrow(state.grad_projected + (schedule.first(t) + i) * a.P + first, dh, n);
+    scatter<Op, kBackwardRows>(dh, n, dh_tiles, i, first / Op::kTerms, a.B, words_of<Op>(a.P));
   }
 }
 
@@ -196,12 +200,13 @@ template <class Op>
 void Backward<Op>::unproject(const Work& work, int64_t t) const {
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     multiply<Op, kBackwardRows, 1>(schedule.active(t), a.B, words_of<Op>(a.P), dh_tiles,
-                                   packed_hr + p * projection_words(), work.hidden_row(p, 0, a.B), false);
+                                   packed_hr + p * projection_words(), units_of<S>(p, a.H), work.hidden_row(p, 0, a.B),
+                                   false);
   }
 }
 
 template <class Op>
-Vec<Sum<Op>> Backward<Op>::previous_cell(const Token& at, int64_t panel) const {
+[[gnu::always_inline]] inline Vec<Sum<Op>> Backward<Op>::previous_cell(const Token& at, int64_t panel) const {
   const int64_t before = schedule.time_before(at.t), unit = panel * kUnits<S>;
   if (resets(a.variant, at.t, at.row, a.B)) return Vec<S>{};
   if (at.i >= schedule.active(before)) return load_wide(a.c_0 + at.row * a.H + unit, units_of<S>(panel, a.H));
@@ -210,14 +215,15 @@ Vec<Sum<Op>> Backward<Op>::previous_cell(const Token& at, int64_t panel) const {
 
 // The cell before zoneout.
 template <class Op>
-Vec<Sum<Op>> Backward<Op>::new_cell(const Token& at, int64_t panel, Vec<S> before) const {
+[[gnu::always_inline]] inline Vec<Sum<Op>> Backward<Op>::new_cell(const Token& at, int64_t panel, Vec<S> before) const {
   if (a.variant.zoneout_c > 0) return fma(gate(at, 1, panel), before, gate(at, 0, panel) * gate(at, 2, panel));
   return load(a.cells + (at.t * a.B + at.row) * a.H + panel * kUnits<S>, units_of<S>(panel, a.H));
 }
 
 // From the gradient of o * tanh(c) to what it gives to c and to the output gate before activation.
 template <class Op>
-typename Backward<Op>::Unit Backward<Op>::output_gradient(const Token& at, int64_t panel, Vec<S> hidden) const {
+[[gnu::always_inline]] inline typename Backward<Op>::Unit Backward<Op>::output_gradient(const Token& at, int64_t panel,
+                                                                                        Vec<S> hidden) const {
   const Vec<S> o = gate(at, 3, panel), tanh_c = tanh(new_cell(at, panel, previous_cell(at, panel)));
   if (projects()) {
     store_narrow(state.unprojected + (schedule.first(at.t) + at.i) * a.H + panel * kUnits<S>, o * tanh_c,
@@ -228,8 +234,8 @@ typename Backward<Op>::Unit Backward<Op>::output_gradient(const Token& at, int64
 
 // da of all four gates, and dc of the step before.
 template <class Op>
-void Backward<Op>::gate_gradients(const Work& work, const Token& at, int64_t panel, const Unit& unit,
-                                  Vec<S> (&da)[4]) const {
+[[gnu::always_inline]] inline void Backward<Op>::gate_gradients(const Work& work, const Token& at, int64_t panel,
+                                                                const Unit& unit, Vec<S> (&da)[4]) const {
   const int64_t H = a.H, first = panel * kUnits<S>, n = units_of<S>(panel, H), token = at.t * a.B + at.row;
   const Vec<S> i = gate(at, 0, panel), f = gate(at, 1, panel), g = gate(at, 2, panel),
                before = previous_cell(at, panel);
@@ -251,44 +257,47 @@ void Backward<Op>::gate_gradients(const Work& work, const Token& at, int64_t pan
   for (int j = 0; j < 4; ++j) store_narrow(to + j * H, da[j], n);
 }
 
-// The gradient of W_hh h of a panel, into the tiles of the step before.
+// The gradient of W_hh h of a panel, the rows of one tile, into the tiles of the step before.
 template <class Op>
-void Backward<Op>::hand_down(const Work& work, int64_t panel, int64_t t, Word<Op>* after) const {
-  const int64_t active = schedule.active(t), n = units_of<S>(panel, a.H);
-  for (int64_t row = 0; row < active; row += kBackwardRows) {
-    const int64_t height = tile_height<kBackwardRows>(row, a.B), count = active - row < height ? active - row : height;
-    for (int j = 0; j < 4; ++j) {
-      Word<Op>* to =
-          in_tiles<kBackwardRows>(after, row, j * gate_words() + panel * kUnits<S> / Op::kTerms, a.B, 4 * gate_words());
-      fill_tile<Op>(work.handed_row(panel, row) + j * kUnits<S>, kGatesWidth<S>, n, count, height, to);
-    }
+void Backward<Op>::hand_down(int64_t panel, int64_t first, int64_t count, const T* rows, Word<Op>* after) const {
+  const int64_t height = tile_height<kBackwardRows>(first, a.B), n = units_of<S>(panel, a.H);
+  for (int j = 0; j < 4; ++j) {
+    const int64_t word = j * gate_words() + panel * kUnits<S> / Op::kTerms;
+    fill_tile<Op>(rows + j * kUnits<S>, kGatesWidth<S>, n, count, height,
+                  in_tiles<kBackwardRows>(after, first, word, a.B, 4 * gate_words()));
   }
 }
 
-// Rows are far apart in memory: what the step at t will read of a panel is asked for before a product is made. Inlined
-// by order: to gcc a function that only prefetches has no effect, and a call of it is dropped.
+// Rows are far apart in memory: what one will read of a panel is asked for while others are worked on, by its last
+// unit, as the first one's line came with the panel before. Inlined by order: to gcc a function that only prefetches
+// has no effect, and a call of it is dropped.
 template <class Op>
-[[gnu::always_inline]] inline void Backward<Op>::fetch(int64_t panel, int64_t t) const {
-  const int64_t unit = panel * kUnits<S>, before = schedule.time_before(t);
-  for (int64_t i = 0; i < schedule.active(t); ++i) {
-    const Token at = token(t, i);
-    if (a.grad_output != nullptr) __builtin_prefetch(a.grad_output + (t * a.B + at.row) * a.P + unit);
-    for (int g = 0; g < 4; ++g) __builtin_prefetch(state.gates + (at.saved * 4 + g) * a.H + unit);
-    __builtin_prefetch(a.cells + (t * a.B + at.row) * a.H + unit);
-    if (i < schedule.active(before)) __builtin_prefetch(a.cells + (before * a.B + at.row) * a.H + unit);
-  }
+[[gnu::always_inline]] inline void Backward<Op>::fetch(int64_t panel, int64_t t, int64_t i) const {
+  if (i >= schedule.active(t)) return;
+  const int64_t last = panel * kUnits<S> + units_of<S>(panel, a.H) - 1, before = schedule.time_before(t);
+  const Token at = token(t, i);
+  if (a.grad_output != nullptr) __builtin_prefetch(a.grad_output + (t * a.B + at.row) * a.P + last);
+  for (int g = 0; g < 4; ++g) __builtin_prefetch(state.gates + (at.saved * 4 + g) * a.H + last);
+  __builtin_prefetch(a.cells + (t * a.B + at.row) * a.H + last);
+  if (i < schedule.active(before)) __builtin_prefetch(a.cells + (before * a.B + at.row) * a.H + last);
 }
 
+// A panel's part of a step, after the product that makes dh.
 template <class Op>
-void Backward<Op>::run_step(const Work& work, int64_t t, Word<Op>* after) const {
-  for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-    for (int64_t i = 0; i < schedule.active(t); ++i) {
+void Backward<Op>::finish(const Work& work, int64_t panel, int64_t t, Word<Op>* after) const {
+  const int64_t active = schedule.active(t);
+  for (int64_t first = 0; first < active; first += kBackwardRows) {
+    const int64_t count = active - first < kBackwardRows ? active - first : kBackwardRows;
+    T handed[kBackwardRows * kGatesWidth<S>];
+    for (int64_t i = first; i < first + count; ++i) {
+      fetch(panel, t, i + kFetchAhead);
       const Token at = token(t, i);
+      const Vec<S> hidden = projects() ? load(work.hidden_row(panel, i, a.B)) : hidden_gradient(work, at, panel);
       Vec<S> da[4];
-      gate_gradients(work, at, p, output_gradient(at, p, load(work.hidden_row(p, i, a.B))), da);
-      for (int j = 0; j < 4; ++j) store_narrow(work.handed_row(p, i) + j * kUnits<S>, da[j]);
+      gate_gradients(work, at, panel, output_gradient(at, panel, hidden), da);
+      for (int j = 0; j < 4; ++j) store_narrow(handed + (i - first) * kGatesWidth<S> + j * kUnits<S>, da[j]);
     }
-    hand_down(work, p, t, after);
+    hand_down(panel, first, count, handed, after);
   }
 }
 
@@ -317,7 +326,12 @@ template <class Op>
 void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* after) const {
   const int64_t active = schedule.active(t);
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-    for (int64_t i = 0; i < active; ++i) normalized_cell(work, p, token(t, i), norm_cell);
+    for (int64_t i = 0; i < active; ++i) {
+      fetch(p, t, i + kFetchAhead);
+      const Token at = token(t, i);
+      if (!projects()) store(work.hidden_row(p, i, a.B), hidden_gradient(work, at, p));
+      normalized_cell(work, p, at, norm_cell);
+    }
   }
   work.share.barrier.wait();
   for (int64_t i = 0; i < active; ++i) {
@@ -352,7 +366,12 @@ void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* af
       }
     }
   }
-  for (int64_t p = work.share.begin; p < work.share.end; ++p) hand_down(work, p, t, after);
+  for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+    for (int64_t first = 0; first < active; first += kBackwardRows) {
+      const int64_t count = active - first < kBackwardRows ? active - first : kBackwardRows;
+      hand_down(p, first, count, work.handed_row(p, first), after);
+    }
+  }
 }
 
 template <class Op>
@@ -365,9 +384,9 @@ void Backward<Op>::run(const Share& share) const {
     const int64_t t = s > 0 ? schedule.time(s - 1) : -1;
     if (s > 0) mine.zoneouts.draw(schedule, a.B, t);
     for (int64_t p = outputs.begin; p < outputs.end; ++p) {
-      if (s > 0 && !projects()) fetch(p, t);
       if (s < schedule.steps()) carry(mine, p, schedule.time(s), da_tiles[s % 2]);
-      if (s > 0) hidden_gradient(mine, p, t);
+      if (s > 0 && projects()) project(mine, p, t);
+      if (s > 0 && !norm() && !projects()) finish(mine, p, t, da_tiles[(s + 1) % 2]);
     }
     if (inputs != nullptr && s < schedule.steps()) carry_to_input(mine, schedule.time(s), da_tiles[s % 2]);
     if (s == 0) break;
@@ -375,7 +394,9 @@ void Backward<Op>::run(const Share& share) const {
       share.barrier.wait();  // dh is complete
       unproject(mine, t);
     }
-    norm() ? run_normalized_step(mine, t, da_tiles[(s + 1) % 2]) : run_step(mine, t, da_tiles[(s + 1) % 2]);
+    if (norm()) run_normalized_step(mine, t, da_tiles[(s + 1) % 2]);
+    for (int64_t p = share.begin; p < share.end && projects() && !norm(); ++p)
+      finish(mine, p, t, da_tiles[(s + 1) % 2]);
   }
 }
 

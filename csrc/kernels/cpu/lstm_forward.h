@@ -14,6 +14,9 @@ constexpr int64_t kInputRows = 48;
 // Rows and panels whose gates are computed in one go: the latency of one is hidden by the next.
 constexpr int64_t kFinishRows = 16;
 
+// Rows between the one that is worked on and the one that is asked for.
+constexpr int64_t kFetchAhead = 4;
+
 // Multiplications and additions worth waking another thread for.
 constexpr int64_t kTeamFlops = 1 << 18;
 
@@ -84,6 +87,7 @@ struct Forward {
     S* inputs;              // [panels][together * B][kGatesWidth]: products of the input, rows in the order of steps
     S* products;            // [panels, or a group][B][kGatesWidth]: those of h
     S* projection;          // [B][kUnits]
+    Moments<S>* moments;    // [B]: of the cells, with layer norm
     Zoneouts<T> zoneouts;
 
     S* input_row(int64_t panel, int64_t i, int64_t B) const {
@@ -92,6 +96,11 @@ struct Forward {
     S* row(int64_t panel, int64_t i, int64_t B) const {
       return products + ((panel - share.begin) * B + i) * kGatesWidth<S>;
     }
+  };
+  // Hidden units that lie side by side, and the sums of both their biases.
+  struct Units {
+    int64_t panel, first, count;
+    Vec<S> bias[4];
   };
   // What the output of a row and panel is made from.
   struct Unit {
@@ -110,6 +119,12 @@ struct Forward {
     return a.reverse ? schedule.first(t + 1) - schedule.first(at + 1) : schedule.first(at) - schedule.first(t);
   }
 
+  // Where a row's scales are saved, if anywhere, and by this worker.
+  S* scales_of(const Work& work, int64_t t, int64_t i) const {
+    const bool saves = a.scales != nullptr && work.share.begin == 0;
+    return saves ? a.scales + (t * a.B + schedule.row(i)) * 4 : nullptr;
+  }
+
   void run(const Share& share) const;
   Work work(const Share& share) const;
   void begin_rows(const Work& work, int64_t step, Shared* to) const;
@@ -118,10 +133,17 @@ struct Forward {
   void run_step(const Work& work, int64_t step) const;
   void run_normalized_step(const Work& work, int64_t step) const;
   void normalize_row(const Work& work, int64_t t, int64_t i, int64_t input_row) const;
+  void finish_normalized(const Work& work, int64_t panel, int64_t t, Shared* after) const;
   void project(const Work& work, int64_t t, Shared* after) const;
-  Unit activate(const Work& work, int64_t panel, int64_t i, int64_t t, const S* sums, const S* more) const;
-  void emit(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<S> output, Shared* after) const;
-  void emit_hidden(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<S> h, Shared* after) const;
+  void fetch(int64_t panel, int64_t t, int64_t i) const;
+  Units units(int64_t panel) const;
+  Unit activate(const Work& work, const Units& units, int64_t i, int64_t t, const S* sums, const S* more) const;
+  void finish(const Work& work, int64_t panel, int64_t t, const S* inputs, const S* products, Shared* after) const;
+  void emit(const Work& work, int64_t panel, int64_t t, int64_t i, const Vec<S>* outputs, Shared* after) const;
+  void emit_unprojected(int64_t panel, int64_t first, int64_t count, const Vec<S>* outputs) const;
+  void emit_hidden(const Work& work, int64_t panel, int64_t t, int64_t first, int64_t count, const Vec<S>* outputs,
+                   Shared* after) const;
+  Vec<S> zone_out(const Work& work, int64_t panel, int64_t t, int64_t i, Vec<S> h) const;
 };
 
 template <class Op>
@@ -131,8 +153,10 @@ typename Forward<Op>::Work Forward<Op>::work(const Share& share) const {
   Word<Op>* tiles = scratch<Word<Op>>(Slot::kPackedA, Gates<Op>::tile_words(together * a.B, a.I));
   const auto [inputs, products, projection] =
       carve<S>(Slot::kPackedB, {together * panels * size, (norm() ? panels : group) * size, projects() ? size : 0});
-  return {share,  together, group,      tiles,
-          inputs, products, projection, Zoneouts<T>::of(a.variant, a.B, a.H, a.P, share)};
+  Moments<S>* moments = scratch<Moments<S>>(Slot::kSums, norm() ? a.B : 0);
+  return {share,      together, group,
+          tiles,      inputs,   products,
+          projection, moments,  Zoneouts<T>::of(a.variant, a.B, a.H, a.P, share)};
 }
 
 // h_0 of the rows whose first step this is, the share's columns.
@@ -162,7 +186,8 @@ void Forward<Op>::multiply_inputs(const Work& work, int64_t step, int64_t steps)
     }
   }
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-    Gates<Op>::multiply(rows, rows, a.I, work.input_tiles, weights.input(p), work.input_row(p, 0, a.B), false);
+    Gates<Op>::multiply(rows, rows, a.I, work.input_tiles, weights.input(p), units_of<S>(p, a.H),
+                        work.input_row(p, 0, a.B), false);
   }
 }
 
@@ -191,52 +216,116 @@ void Forward<Op>::normalize_inputs(const Work& work, int64_t step, int64_t steps
   }
 }
 
-// From the sums of a row and panel  (+ more)  to its gates and cell.
+// Rows are far apart in memory: where one will write a panel is asked for while others are worked on, by its last unit,
+// as the first one's line came with the panel before. Inlined by order: to gcc a function that only prefetches has no
+// effect, and a call of it is dropped.
 template <class Op>
-typename Forward<Op>::Unit Forward<Op>::activate(const Work& work, int64_t panel, int64_t i, int64_t t, const S* sums,
-                                                 const S* more) const {
-  const int64_t H = a.H, first = panel * kUnits<S>, n = units_of<S>(panel, H), row = schedule.row(i);
-  const int64_t state = row * H + first, token = t * a.B + row;
+[[gnu::always_inline]] inline void Forward<Op>::fetch(int64_t panel, int64_t t, int64_t i) const {
+  if (i >= schedule.active(t)) return;
+  const int64_t last = panel * kUnits<S> + units_of<S>(panel, a.H) - 1, token = t * a.B + schedule.row(i);
+  for (int g = 0; g < 4 && a.gates != nullptr; ++g) __builtin_prefetch(a.gates + (token * 4 + g) * a.H + last, 1);
+  if (a.cells != nullptr) __builtin_prefetch(a.cells + token * a.H + last, 1);
+}
+
+template <class Op>
+typename Forward<Op>::Units Forward<Op>::units(int64_t panel) const {
+  Units units = {panel, panel * kUnits<S>, units_of<S>(panel, a.H), {}};
+  for (int g = 0; g < 4 && a.bias_ih != nullptr; ++g) {
+    const int64_t at = g * a.H + units.first;
+    units.bias[g] = load_wide(a.bias_ih + at, units.count) + load_wide(a.bias_hh + at, units.count);
+  }
+  return units;
+}
+
+// From the sums of a row and panel  (+ more)  to its gates and cell. Inlined by order: what does not change from row to
+// row is then looked at once, and the latency of one row's functions is hidden by the next one's.
+template <class Op>
+[[gnu::always_inline]] inline typename Forward<Op>::Unit Forward<Op>::activate(const Work& work, const Units& units,
+                                                                               int64_t i, int64_t t, const S* sums,
+                                                                               const S* more) const {
+  const int64_t H = a.H, n = units.count, row = schedule.row(i), token = t * a.B + row;
   Vec<S> gate[4];
+#pragma GCC unroll 4
   for (int g = 0; g < 4; ++g) {
     gate[g] = load(sums + g * kUnits<S>);
     if (more != nullptr) gate[g] += load(more + g * kUnits<S>);
-    if (a.bias_ih != nullptr) {
-      gate[g] += load_wide(a.bias_ih + g * H + first, n) + load_wide(a.bias_hh + g * H + first, n);
-    }
+    gate[g] += units.bias[g];
     gate[g] = g == 2 ? tanh(gate[g]) : sigmoid(gate[g]);
-    if (a.gates != nullptr) store_narrow(a.gates + (token * 4 + g) * H + first, gate[g], n);
+    if (a.gates != nullptr) store_narrow(a.gates + (token * 4 + g) * H + units.first, gate[g], n);
   }
-  const Vec<S> before = resets(a.variant, t, row, a.B) ? Vec<S>{} : load(cell + state, n);
+  S* running = cell + row * H + units.first;
+  const Vec<S> before = resets(a.variant, t, row, a.B) ? Vec<S>{} : load(running, n);
   const Vec<S> c = fma(gate[1], before, gate[0] * gate[2]);
-  const Vec<S> kept = work.zoneouts.cell.any() ? mix(work.zoneouts.cell.at(i, panel), before, c) : c;
-  store(cell + state, kept, n);
-  if (a.cells != nullptr) store(a.cells + token * H + first, kept, n);
+  const Vec<S> kept = work.zoneouts.cell.any() ? mix(work.zoneouts.cell.at(i, units.panel), before, c) : c;
+  store(running, kept, n);
+  if (a.cells != nullptr) store(a.cells + token * H + units.first, kept, n);
   return {gate[3], c};
 }
 
+// A panel's part of a step, after its products.
 template <class Op>
-void Forward<Op>::emit(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<S> output, Shared* after) const {
-  if (!projects()) return emit_hidden(work, panel, i, t, output, after);
-  scatter<Projection, kForwardRows>(output, units_of<S>(panel, a.H), unprojected_tiles, i,
-                                    panel * kUnits<S> / Projection::kTerms, a.B, words_of<Projection>(a.H));
+void Forward<Op>::finish(const Work& work, int64_t panel, int64_t t, const S* inputs, const S* products,
+                         Shared* after) const {
+  const Units those = units(panel);
+  const int64_t active = schedule.active(t);
+  Vec<S> outputs[kForwardRows];
+  for (int64_t i = 0; i < active; ++i, inputs += kGatesWidth<S>, products += kGatesWidth<S>) {
+    fetch(panel, t, i + kFetchAhead);
+    const Unit unit = activate(work, those, i, t, inputs, products);
+    outputs[i % kForwardRows] = unit.output_gate * tanh(unit.cell);
+    emit(work, panel, t, i, outputs, after);
+  }
 }
 
-// A panel of h of this step: to the output, and to what the next step reads.
+// o * tanh(c) of a row and panel is outputs[i % kForwardRows]: with the last row of a tile, all of them go on.
 template <class Op>
-void Forward<Op>::emit_hidden(const Work& work, int64_t panel, int64_t i, int64_t t, Vec<S> h, Shared* after) const {
-  const int64_t P = a.P, first = panel * kUnits<S>, n = units_of<S>(panel, P), row = schedule.row(i);
-  const int64_t token = t * a.B + row, before = schedule.time_before(t), next = schedule.time_after(t);
-  if (work.zoneouts.hidden.any()) {
-    const T* from = i < schedule.active(before) ? a.output + (before * a.B + row) * P : a.h_0 + row * P;
-    const Vec<S> h_prev = resets(a.variant, t, row, a.B) ? Vec<S>{} : load_wide(from + first, n);
-    h = mix(work.zoneouts.hidden.at(i, panel), h_prev, h);
+[[gnu::always_inline]] inline void Forward<Op>::emit(const Work& work, int64_t panel, int64_t t, int64_t i,
+                                                     const Vec<S>* outputs, Shared* after) const {
+  const int64_t first = i / kForwardRows * kForwardRows, count = i + 1 - first;
+  if (count < kForwardRows && i + 1 < schedule.active(t)) return;
+  if (projects()) {
+    emit_unprojected(panel, first, count, outputs);
+  } else {
+    emit_hidden(work, panel, t, first, count, outputs, after);
   }
-  store_narrow(a.output + token * P + first, h, n);
-  if (i >= schedule.active(next)) return store_narrow(a.h_n + row * P + first, h, n);  // its last step
-  T carried[kUnits<S>];
-  store_narrow(carried, resets(a.variant, next, row, a.B) ? Vec<S>{} : h);
-  Gates<Op>::share(carried, n, i, first, a.B, P, after);
+}
+
+template <class Op>
+void Forward<Op>::emit_unprojected(int64_t panel, int64_t first, int64_t count, const Vec<S>* outputs) const {
+  typename Projection::Storage rows[kForwardRows * kUnits<S>];
+  for (int64_t i = 0; i < count; ++i) store_narrow(rows + i * kUnits<S>, outputs[i]);
+  const int64_t words = words_of<Projection>(a.H), word = panel * kUnits<S> / Projection::kTerms;
+  fill_tile<Projection>(rows, kUnits<S>, units_of<S>(panel, a.H), count, tile_height<kForwardRows>(first, a.B),
+                        in_tiles<kForwardRows>(unprojected_tiles, first, word, a.B, words));
+}
+
+// A panel of h of the rows of one tile: to the output, and to what the next step reads.
+template <class Op>
+void Forward<Op>::emit_hidden(const Work& work, int64_t panel, int64_t t, int64_t first, int64_t count,
+                              const Vec<S>* outputs, Shared* after) const {
+  const int64_t P = a.P, column = panel * kUnits<S>, n = units_of<S>(panel, P), next = schedule.time_after(t);
+  const int64_t go_on = schedule.active(next) - first;
+  T carried[kForwardRows * kUnits<S>];
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = schedule.row(first + i);
+    const Vec<S> h = zone_out(work, panel, t, first + i, outputs[i]);
+    store_narrow(a.output + (t * a.B + row) * P + column, h, n);
+    if (i >= go_on) store_narrow(a.h_n + row * P + column, h, n);  // its last step
+    store_narrow(carried + i * kUnits<S>, resets(a.variant, next, row, a.B) ? Vec<S>{} : h);
+  }
+  if (go_on > 0) Gates<Op>::share_tile(carried, n, first, go_on < count ? go_on : count, column, a.B, P, after);
+}
+
+// h, or what zoneout keeps of the step before.
+template <class Op>
+[[gnu::always_inline]] inline Vec<Sum<Op>> Forward<Op>::zone_out(const Work& work, int64_t panel, int64_t t, int64_t i,
+                                                                 Vec<S> h) const {
+  if (!work.zoneouts.hidden.any()) return h;
+  const int64_t before = schedule.time_before(t), row = schedule.row(i);
+  const T* from = i < schedule.active(before) ? a.output + (before * a.B + row) * a.P : a.h_0 + row * a.P;
+  const bool reset = resets(a.variant, t, row, a.B);
+  const Vec<S> kept = reset ? Vec<S>{} : load_wide(from + panel * kUnits<S>, units_of<S>(panel, a.P));
+  return mix(work.zoneouts.hidden.at(i, panel), kept, h);
 }
 
 template <class Op>
@@ -247,14 +336,11 @@ void Forward<Op>::run_step(const Work& work, int64_t step) const {
   for (int64_t first = work.share.begin; first < work.share.end; first += work.group) {
     const int64_t last = first + work.group < work.share.end ? first + work.group : work.share.end;
     for (int64_t p = first; p < last; ++p) {
-      Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), work.products + (p - first) * size, false);
+      Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), units_of<S>(p, a.H),
+                          work.products + (p - first) * size, false);
     }
     for (int64_t p = first; p < last; ++p) {
-      for (int64_t i = 0; i < active; ++i) {
-        const S* products = work.products + (p - first) * size + i * kGatesWidth<S>;
-        const Unit unit = activate(work, p, i, t, work.input_row(p, input_row + i, a.B), products);
-        emit(work, p, i, t, unit.output_gate * tanh(unit.cell), hidden[(step + 1) % 2]);
-      }
+      finish(work, p, t, work.input_row(p, input_row, a.B), work.products + (p - first) * size, hidden[(step + 1) % 2]);
     }
   }
 }
@@ -267,7 +353,7 @@ void Forward<Op>::run_normalized_step(const Work& work, int64_t step) const {
   const Word<Op>* tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     S* of_panel = work.row(p, 0, a.B);
-    Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), of_panel, false);
+    Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), units_of<S>(p, a.H), of_panel, false);
     for (int64_t i = 0; i < active; ++i) {
       put_gate_moments(of_panel + i * kGatesWidth<S>, units_of<S>(p, a.H), hidden_moments.at(p, i));
     }
@@ -276,35 +362,43 @@ void Forward<Op>::run_normalized_step(const Work& work, int64_t step) const {
   for (int64_t i = 0; i < active; ++i) normalize_row(work, t, i, input_row + i);
   work.share.barrier.wait();
   for (int64_t i = 0; i < active; ++i) {
-    const Moments<S> moments = moments_of_row(cell_moments, i, a.H, 1);
-    S* scales = a.scales == nullptr ? nullptr : a.scales + (t * a.B + schedule.row(i)) * 4;
-    if (scales != nullptr && work.share.begin == 0) scales[2] = moments.mean, scales[3] = moments.scale;
-    for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-      const S* unit = work.row(p, i, a.B);
-      const T* gain = a.variant.norm_cell + p * kUnits<S>;
-      const int64_t n = units_of<S>(p, a.H);
-      const Vec<S> normalized = (load(unit + kUnits<S>) - moments.mean) * moments.scale;
-      emit(work, p, i, t, load(unit) * tanh(fma(normalized, load_wide(gain, n), load_wide(gain + a.H, n))),
-           hidden[(step + 1) % 2]);
-    }
+    work.moments[i] = moments_of_row(cell_moments, i, a.H, 1);
+    if (S* scales = scales_of(work, t, i)) scales[2] = work.moments[i].mean, scales[3] = work.moments[i].scale;
   }
+  for (int64_t p = work.share.begin; p < work.share.end; ++p) finish_normalized(work, p, t, hidden[(step + 1) % 2]);
 }
 
-// Gates and cell of a row whose products with h are finished; output gate and cell take the products' place.
+// Gates and cell of a row whose products with h are finished; output gate and cell take the products' place. A row at a
+// time: so much is written of it that what follows it in memory is best written next.
 template <class Op>
 void Forward<Op>::normalize_row(const Work& work, int64_t t, int64_t i, int64_t input_row) const {
   const Moments<S> moments = moments_of_row(hidden_moments, i, a.H, 4);
   const int64_t token = t * a.B + schedule.row(i);
-  if (a.scales != nullptr && work.share.begin == 0) a.scales[token * 4 + 1] = moments.scale;
+  if (S* scales = scales_of(work, t, i)) scales[1] = moments.scale;
   T* saved = a.normalized == nullptr ? nullptr : a.normalized + (a.steps * a.B + token) * 4 * a.H;
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     S *row = work.row(p, i, a.B), *inputs = work.input_row(p, input_row, a.B);
     scale_gates<T>(row, moments, a.variant.norm_gates + 4 * a.H, p, a.H, inputs, saved, inputs);
-    const Unit unit = activate(work, p, i, t, inputs, nullptr);
+    const Unit unit = activate(work, units(p), i, t, inputs, nullptr);
     store(row, unit.output_gate);
     store(row + kUnits<S>, unit.cell);
     const Vec<S> cells[1] = {unit.cell};
     put_moments<S>(cells, units_of<S>(p, a.H), cell_moments.at(p, i));
+  }
+}
+
+// The rest of a panel's step, once all cells are there.
+template <class Op>
+void Forward<Op>::finish_normalized(const Work& work, int64_t panel, int64_t t, Shared* after) const {
+  const int64_t n = units_of<S>(panel, a.H);
+  const T* of_panel = a.variant.norm_cell + panel * kUnits<S>;
+  const Vec<S> gain = load_wide(of_panel, n), offset = load_wide(of_panel + a.H, n);
+  Vec<S> outputs[kForwardRows];
+  for (int64_t i = 0; i < schedule.active(t); ++i) {
+    const S* unit = work.row(panel, i, a.B);
+    const Vec<S> normalized = (load(unit + kUnits<S>) - work.moments[i].mean) * work.moments[i].scale;
+    outputs[i % kForwardRows] = load(unit) * tanh(fma(normalized, gain, offset));
+    emit(work, panel, t, i, outputs, after);
   }
 }
 
@@ -315,8 +409,13 @@ void Forward<Op>::project(const Work& work, int64_t t, Shared* after) const {
   const int64_t active = schedule.active(t), words = words_of<Projection>(a.H);
   for (int64_t p = share.begin; p < share.end; ++p) {
     multiply<Projection, kForwardRows, 1>(active, a.B, words, unprojected_tiles, packed_hr + p * words * kUnits<S>,
-                                          work.projection, false);
-    for (int64_t i = 0; i < active; ++i) emit_hidden(work, p, i, t, load(work.projection + i * kUnits<S>), after);
+                                          units_of<S>(p, a.P), work.projection, false);
+    for (int64_t first = 0; first < active; first += kForwardRows) {
+      const int64_t count = active - first < kForwardRows ? active - first : kForwardRows;
+      Vec<S> outputs[kForwardRows];
+      for (int64_t i = 0; i < count; ++i) outputs[i] = load(work.projection + (first + i) * kUnits<S>);
+      emit_hidden(work, p, t, first, count, outputs, after);
+    }
   }
 }
 

@@ -29,7 +29,11 @@ struct Wide {
   static Vec<Word> words(const T* from) { return load_wide(from); }
   // `count` words whose first terms lie beside one another, as do their second ones, `stride` further on.
   static void line(const T* from, int64_t, int64_t, int64_t count, Word* to) { convert(to, from, count); }
-  static Vec<Sum> multiply_add(Vec<Word> a, Vec<Word> b, Vec<Sum> sum) { return fma(a, b, sum); }
+  // Of vectors or halves of them.
+  template <class V>
+  static V multiply_add(V a, V b, V sum) {
+    return fma(a, b, sum);
+  }
 };
 
 #ifdef __AVX512F__
@@ -68,7 +72,8 @@ struct Bf16Pairs {
       store(to + i, both, n);
     });
   }
-  static FloatVec multiply_add(IntVec a, IntVec b, FloatVec sum) {
+  template <class Pairs, class V>
+  static V multiply_add(Pairs a, Pairs b, V sum) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }

@@ -65,7 +65,8 @@ template <class Op>
 void fill_tile(const typename Op::Storage* rows, int64_t stride, int64_t K, int64_t count, int64_t height,
                Word<Op>* to) {
   constexpr int64_t lanes = kLanes<Word<Op>>;
-  if (words_of<Op>(K) == lanes && K % Op::kTerms == 0 && height <= lanes) {
+  constexpr int64_t kWorthIt = 4;  // rows
+  if (words_of<Op>(K) == lanes && K % Op::kTerms == 0 && height <= lanes && count >= kWorthIt) {
     Vec<Word<Op>> square[lanes];
     for (int64_t i = 0; i < lanes; ++i) square[i] = i < count ? Op::words(rows + i * stride) : Vec<Word<Op>>{};
     transpose<Word<Op>>(square);
@@ -81,7 +82,7 @@ void fill_tile(const typename Op::Storage* rows, int64_t stride, int64_t K, int6
 
 // ---- products
 
-template <class Op, int rows, int columns>
+template <class Op, int rows, int columns, bool half>
 void multiply_rows(int64_t height, int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<Op>* c,
                    bool accumulate) {
   // The part of the panel that comes next is still in the last-level cache. Fetched ahead, many rows take a tenth less;
@@ -89,17 +90,19 @@ void multiply_rows(int64_t height, int64_t K, const Word<Op>* tile, const Word<O
   constexpr int64_t ahead = rows > 2 ? kPanelBytes : 0;
   if constexpr (rows > 0) {
     constexpr int64_t width = columns * kLanes<Sum<Op>>;
-    if (height == rows) return multiply_whole<Op, rows, columns, ahead>(K, tile, panel, c, width, accumulate);
-    multiply_rows<Op, rows - 1, columns>(height, K, tile, panel, c, accumulate);
+    if (height == rows) {
+      return multiply_whole<Op, rows, columns, ahead, width, half>(K, tile, panel, c, width, accumulate);
+    }
+    multiply_rows<Op, rows - 1, columns, half>(height, K, tile, panel, c, accumulate);
   }
 }
 
 // c[M, columns * lanes] for M rows in tiles, a block of words after the other: the part of the panel that belongs to it
 // stays in the first-level cache while the tiles pass by, and no chain of float32 additions is thousands long. The
 // order of the sum is that of k, whatever M.
-template <class Op, int64_t kRows, int columns>
-void multiply(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tiles, const Word<Op>* panel, Sum<Op>* c,
-              bool accumulate) {
+template <class Op, int64_t kRows, int columns, bool half>
+void multiply_blocks(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tiles, const Word<Op>* panel,
+                     Sum<Op>* c, bool accumulate) {
   constexpr int64_t width = columns * kLanes<Sum<Op>>, fitting = kPanelBytes / (width * sizeof(Word<Op>));
   constexpr int64_t depth = fitting < kBlockK ? fitting : kBlockK;
   if (words == 0 && !accumulate) memset(c, 0, static_cast<size_t>(M * width) * sizeof(Sum<Op>));
@@ -107,9 +110,21 @@ void multiply(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tile
     const int64_t n = words - k < depth ? words - k : depth;
     for (int64_t row = 0; row < M; row += kRows) {
       const int64_t height = tile_height<kRows>(row, total_rows);
-      multiply_rows<Op, kRows, columns>(height, n, tiles + row * words + k * height, panel + k * width, c + row * width,
-                                        accumulate || k > 0);
+      multiply_rows<Op, kRows, columns, half>(height, n, tiles + row * words + k * height, panel + k * width,
+                                              c + row * width, accumulate || k > 0);
     }
+  }
+}
+
+// The same for a panel of `units` units, which may need but half of each vector.
+template <class Op, int64_t kRows, int columns>
+void multiply(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tiles, const Word<Op>* panel, int64_t units,
+              Sum<Op>* c, bool accumulate) {
+  constexpr bool kHalves = sizeof(typename HalfOf<Sum<Op>>::type) < kVectorBytes;
+  if (kHalves && 2 * units <= kUnits<Sum<Op>>) {
+    multiply_blocks<Op, kRows, columns, kHalves>(M, total_rows, words, tiles, panel, c, accumulate);
+  } else {
+    multiply_blocks<Op, kRows, columns, false>(M, total_rows, words, tiles, panel, c, accumulate);
   }
 }
 
@@ -141,12 +156,18 @@ struct Gates {
                     Word<Op>* shared) {
     fill_row<Op, kForwardRows>(from, count, row, k / Op::kTerms, M, words_of<Op>(K), shared);
   }
+  // The same of the first `count` rows of a tile, kUnits apart.
+  static void share_tile(const Storage* rows, int64_t width, int64_t first, int64_t count, int64_t k, int64_t M,
+                         int64_t K, Word<Op>* shared) {
+    fill_tile<Op>(rows, kUnits<Sum<Op>>, width, count, tile_height<kForwardRows>(first, M),
+                  in_tiles<kForwardRows>(shared, first, k / Op::kTerms, M, words_of<Op>(K)));
+  }
   static const Word<Op>* tiles(const Word<Op>* shared, int64_t, int64_t) { return shared; }
 
-  // c[M, kGatesWidth] of a panel  (+ c); the tiles are those of total_rows.
+  // c[M, kGatesWidth] of a panel of `units` units  (+ c); the tiles are those of total_rows.
   static void multiply(int64_t M, int64_t total_rows, int64_t K, const Word<Op>* tiles, const Word<Op>* panel,
-                       Sum<Op>* c, bool accumulate) {
-    cpu::LLMKERN_ISA::multiply<Op, kForwardRows, 4>(M, total_rows, words_of<Op>(K), tiles, panel, c, accumulate);
+                       int64_t units, Sum<Op>* c, bool accumulate) {
+    cpu::LLMKERN_ISA::multiply<Op, kForwardRows, 4>(M, total_rows, words_of<Op>(K), tiles, panel, units, c, accumulate);
   }
 
   // panel[word of k][gate][unit] = W[gate * H + first + unit, k]; units beyond H are 0.
