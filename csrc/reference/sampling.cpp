@@ -54,7 +54,9 @@ std::vector<float> adjusted_logits(const Array<float>& logits, const Adjustments
                                    int64_t b) {
   const int64_t V = logits.shape(1);
   std::vector<float> y(static_cast<size_t>(V));
-  for (int64_t v = 0; v < V; ++v) y[static_cast<size_t>(v)] = logits.at(b, v) + (a.bias ? a.bias->at(b, v) : 0.0f);
+  for (int64_t v = 0; v < V; ++v) {
+    y[static_cast<size_t>(v)] = a.bias ? logits.at(b, v) + a.bias->at(b, v) : logits.at(b, v);
+  }
   for (py::ssize_t i = 0; a.bias_ids && i < a.bias_ids->shape(1); ++i) {
     const int64_t v = a.bias_ids->at(b, i);
     if (v >= 0 && v < V) y[static_cast<size_t>(v)] += a.bias_values->at(b, i);
@@ -92,7 +94,7 @@ std::optional<Distribution> distribution(const std::vector<float>& y, const Samp
   const float maximum = *std::max_element(row.y.begin(), row.y.end());
   if (maximum == -INFINITY) return std::nullopt;
   for (size_t v = 0; v < row.y.size(); ++v) {
-    const float d = row.y[v] - maximum, mass = std::nearbyint(exp_mass(d, row.scale));
+    const float d = (row.y[v] - maximum) + 0.0f, mass = std::nearbyint(exp_mass(d, row.scale));
     row.d.push_back(d);
     row.mass.push_back(static_cast<uint64_t>(mass));
     row.weighted.push_back(round_to_integer(weighted_mass(mass, d, row.scale)));
