@@ -152,7 +152,9 @@ def test_a_row_knows_nothing_of_its_batch(isa):
 def test_numbers_are_tensors_of_equal_numbers():
     logits = torch.randn(9, 100)
     numbers = {"temperature": 0.8, "top_k": 30, "min_p": 0.01, "typical_p": 0.9}
-    tensors = {name: torch.full((9,), value, dtype=torch.float64) for name, value in numbers.items()}
+    tensors = {
+        name: torch.full((9,), value, dtype=torch.float64) for name, value in numbers.items()
+    }
     expected = sample(logits, seed=5, **numbers)
     assert_same(sample(logits, seed=5, **tensors), expected)
     assert_same(sample(logits, seed=5, **numbers | {"top_k": torch.tensor(30)}), expected)
@@ -231,6 +233,10 @@ def test_no_rows():
     out = sample(torch.empty(0, 7), seed=0, num_logprobs=2)
     assert out.token.shape == (0,)
     assert out.top_ids.shape == (0, 2)
+    none = torch.empty(0, dtype=torch.int64)
+    assert sample(torch.empty(0, 7), seed=none, position=none, top_p=none.double()).token.shape == (
+        0,
+    )
 
 
 def test_no_gradient_and_no_change_to_the_inputs():
