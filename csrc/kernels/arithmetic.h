@@ -18,6 +18,12 @@
 
 namespace llmkern {
 
+// How fast a token's mass falls with its distance d <= 0 from the most likely one: mass = 2^40 * 2^(d * scale).
+struct Falloff {
+  float scale;   // log2(e) / temperature, in [2^-120, 2^101]
+  float lowest;  // where it has come to nothing; what d is raised to
+};
+
 namespace {  // one copy an instruction-set build: the linker must not merge them
 
 LLMKERN_HOST_DEVICE inline float bits_to_float(uint32_t bits) {
@@ -66,12 +72,6 @@ LLMKERN_HOST_DEVICE inline uint64_t round_to_integer(float x) {
 #endif
 }
 
-// How fast a token's mass falls with its distance d <= 0 from the most likely one: mass = 2^40 * 2^(d * scale).
-struct Falloff {
-  float scale;   // log2(e) / temperature, in [2^-120, 2^101]
-  float lowest;  // where it has come to nothing; what d is raised to
-};
-
 LLMKERN_HOST_DEVICE inline Falloff falloff(double temperature) {
   constexpr double kLog2E = 1.4426950408889634;
   constexpr float kLeast = 0x1p-120f;  // kNoMass / kLeast is finite, so that d = -inf has no mass either
@@ -99,14 +99,14 @@ constexpr float kRoundToEighths = 0x1.8p20f;  // adding it rounds to a multiple 
 // d * scale = n + r, n a multiple of 1/8. In `shifted` the low bits are 8 * (n + 40): the last three choose 2^(j / 8)
 // from a table, and all of them, moved to where a float's exponent begins, scale it by the power of two (j itself
 // arrives in the mantissa, which is why the table has it taken off). The relative error is below 1.5e-7 and
-// 3e-8 * |d * scale|, that of `scale` itself.
-LLMKERN_HOST_DEVICE inline float exp_mass(float d, const Falloff& f) {
+// 3e-8 * |d * scale|, that of `scale` itself. On the GPU the table is given, in memory of the device's choice.
+LLMKERN_HOST_DEVICE inline float exp_mass(float d, const Falloff& f, const uint32_t* powers = kEighthPowers) {
   d = d > f.lowest ? d : f.lowest;
   const float shifted = fmaf(d, f.scale, kRoundToEighths + kMassBits);
   const float n = shifted - (kRoundToEighths + kMassBits);
   const float r = fmaf(d, f.scale, -n);
   const uint32_t bits = float_to_bits(shifted);
-  const float power = bits_to_float(kEighthPowers[bits & 7] + (bits << 20));
+  const float power = bits_to_float(powers[bits & 7] + (bits << 20));
   const float q = fmaf(fmaf(r, kPowerOfTwo[2], kPowerOfTwo[1]), r, kPowerOfTwo[0]);
   return fmaf(power * r, q, power);
 }

@@ -172,7 +172,7 @@ LLMKERN_HOST_DEVICE inline float penalised(float y, const SampleSettings& s, int
 
 }  // namespace
 
-// CUDA: z and the occurrences of every token, and room to sort the num_logprobs first tokens (a power of two of them).
+// CUDA: y and the occurrences of every token, and room to sort the num_logprobs first tokens (a power of two of them).
 inline int64_t sample_workspace_bytes(int64_t B, int64_t V, int64_t num_logprobs) {
   int64_t sorted = 1;
   while (sorted < num_logprobs) sorted *= 2;

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 import llmkern
-from llmkern.ops import SampleOutput
 
 from .promises import Op, assert_same_bits, every_op, every_promise, results
 
@@ -43,23 +42,39 @@ def request(B: int, V: int, **more: Any) -> dict[str, Any]:
         "seed": torch.arange(B),
         "position": torch.randint(1000, (B,)),
         "num_logprobs": min(5, V),
+        "return_entropy": True,
+        "return_rank": True,
         **mixed(B),
         **more,
     }
 
 
-def draw(device: torch.device | str, request: dict[str, Any]) -> SampleOutput:
-    """On the device, results on the CPU."""
-    there = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in request.items()}
+def on_device(device: torch.device | str, call: dict[str, Any]) -> dict[str, Any]:
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in call.items()}
+
+
+def draw(device: torch.device | str, call: dict[str, Any]) -> dict[str, Tensor]:
+    """On the device, what was asked for on the CPU."""
+    there = on_device(device, call)
     out = llmkern.ops.sample(there.pop("logits"), **there)
-    return SampleOutput(*(t.cpu() for t in out))
+    return {name: t.cpu() for name, t in zip(out._fields, out, strict=True) if t is not None}
 
 
-def assert_like_the_cpu(device: torch.device, request: dict[str, Any]) -> None:
-    expected, got = draw("cpu", request), draw(device, request)
-    for name in SampleOutput._fields:
+def filtered(device: torch.device | str, call: dict[str, Any]) -> Tensor:
+    """The logits that the draw is from."""
+    drawing = ("seed", "position", "num_logprobs")
+    there = on_device(device, call)
+    there = {n: v for n, v in there.items() if n not in drawing and not n.startswith("return_")}
+    return llmkern.ops.filter_logits(there.pop("logits"), **there).cpu()
+
+
+def assert_like_the_cpu(device: torch.device, call: dict[str, Any]) -> None:
+    expected = draw("cpu", call) | {"filtered": filtered("cpu", call)}
+    got = draw(device, call) | {"filtered": filtered(device, call)}
+    assert got.keys() == expected.keys()
+    for name in expected:
         try:
-            assert_same_bits([getattr(got, name)], [getattr(expected, name)])
+            assert_same_bits([got[name]], [expected[name]])
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
 
@@ -89,6 +104,11 @@ def test_penalties_bias_and_mask(device):
     more = {"prompt_ids": ids, "output_ids": ids.flip(0)[:, :20], "allowed": torch.rand(B, V) < 0.8}
     assert_like_the_cpu(device, request(B, V, logit_bias=torch.randn(V), **more))
     assert_like_the_cpu(device, request(B, V, logit_bias={3: 5.0, 499: -2.0}, **more))
+    each = [{b: -1.0, 2 * b: 4.0} for b in range(B)]
+    more["allowed"] = torch.randint(-(2**31), 2**31, (B, 16)).to(torch.int32)  # packed
+    assert_like_the_cpu(device, request(B, V, logit_bias=each, **more))
+    more["allowed"] = more["allowed"][0]
+    assert_like_the_cpu(device, request(B, V, **more))
     more["allowed"] = torch.zeros(B, V, dtype=torch.bool)
     more["allowed"][:, 17] = True
     assert_like_the_cpu(device, request(B, V, **more))
@@ -115,6 +135,24 @@ def test_other_dtypes_and_strides(device, dtype):
     assert_like_the_cpu(device, case)
     case["logits"] = torch.randn(3000, 20).to(dtype).t()
     assert_like_the_cpu(device, case)
+    apart = torch.randn(20, 3005).to(dtype)
+    there = {n: v for n, v in case.items() if n != "logits"}
+    got = draw(device, there | {"logits": apart.to(device)[:, :3000]})
+    assert_same_bits(
+        list(got.values()), list(draw("cpu", there | {"logits": apart[:, :3000]}).values())
+    )
+
+
+@small
+@pytest.mark.parametrize("V", [900, 5000])
+def test_what_nobody_asks_for_changes_nothing(device, V):
+    case = request(12, V)
+    whole = draw(device, case)
+    case |= {"num_logprobs": 0, "return_entropy": False, "return_rank": False}
+    for return_logprob in (True, False):
+        got = draw(device, case | {"return_logprob": return_logprob})
+        assert ("logprob" in got) == return_logprob
+        assert_same_bits(list(got.values()), [whole[name] for name in got])
 
 
 def test_one_seed_for_all_rows_and_none(device):
@@ -132,7 +170,7 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
     whole = draw(device, case)
     some = torch.tensor([3, 60, 17])
     part = {n: v[some] if isinstance(v, Tensor) else v for n, v in case.items()}
-    assert_same_bits(list(draw(device, part)), [t[some] for t in whole])
+    assert_same_bits(list(draw(device, part).values()), [t[some] for t in whole.values()])
 
 
 def test_frequencies_are_the_probabilities(device):
@@ -146,15 +184,17 @@ def test_frequencies_are_the_probabilities(device):
     assert ((counts - expected).square() / expected).sum() < 100
 
 
-def tokens(logits: Tensor, seeds: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-    out = llmkern.ops.sample(
-        logits, top_p=0.9, top_k=50, output_ids=ids, seed=seeds, position=3, num_logprobs=4
-    )
-    return tuple(out)
+def drawn(logits: Tensor, **settings: Any) -> list[Tensor]:
+    return [t for t in llmkern.ops.sample(logits, position=3, **settings) if t is not None]
 
 
-def plain_tokens(logits: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
-    return tuple(llmkern.ops.sample(logits, temperature=0.8, seed=seeds, position=3))
+def tokens(logits: Tensor, seeds: Tensor, ids: Tensor) -> list[Tensor]:
+    settings = {"top_p": 0.9, "top_k": 50, "num_logprobs": 4}
+    return drawn(logits, output_ids=ids, seed=seeds, return_entropy=True, **settings)
+
+
+def plain_tokens(logits: Tensor, seeds: Tensor) -> list[Tensor]:
+    return drawn(logits, temperature=0.8, seed=seeds)
 
 
 def ops() -> list[Op]:
@@ -174,10 +214,10 @@ def test_promises(device, op, promise):
 def test_opcheck(device):
     B, V = 4, 60
     settings = torch.tensor([[1.0, 5, 0.9, 0.01, 1.0, 1.1, 0.1, 0.1]], dtype=torch.float64)
-    rows = [torch.randn(B, V), torch.randn(V), torch.rand(V) < 0.9]
-    rows += [torch.randint(V, (B, 3)), torch.randint(V, (B, 5)), settings]
-    rows += [torch.arange(B), torch.arange(B)]
-    arguments = (*(t.to(device) for t in rows), 3)
+    inputs = [torch.randn(B, V), torch.randn(V), torch.arange(5).repeat(B, 1), torch.randn(B, 5)]
+    inputs += [torch.rand(V) < 0.9, torch.randint(V, (B, 3)), torch.randint(V, (B, 5)), settings]
+    inputs += [torch.arange(B), torch.arange(B)]
+    arguments = (*(t.to(device) for t in inputs), 3, True, True, True, True)
     torch.library.opcheck(torch.ops.llmkern.sample.default, arguments)
 
 

@@ -7,6 +7,7 @@ shares no code with the kernel.
 
 import importlib.util
 import itertools
+import math
 from importlib.machinery import PathFinder
 from types import ModuleType
 
@@ -15,7 +16,7 @@ import pytest
 
 from tests.ops import sampling_oracle as oracle
 
-from .harness import Output, Scratch, checkers_only
+from .harness import Output, Scratch, checkers_only, from_bfloat16, to_bfloat16
 
 OFF = list(vars(oracle.Settings()).values())
 COLUMNS = list(vars(oracle.Settings()))
@@ -29,7 +30,7 @@ CHOICES = {
     "presence_penalty": [0.7, -0.7, 1e30],
     "frequency_penalty": [0.3, -0.3, 3e38, -3e38],
 }
-INVALID = {"token": -1, "rank": 0, "num_kept": 0}
+INVALID = {"token": -1, "valid": False, "rank": 0, "num_kept": 0, "processed": -np.inf}
 INVALID |= dict.fromkeys(("logprob", "filtered_logprob", "entropy"), np.nan)
 
 
@@ -60,7 +61,7 @@ def _huge(V: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _merged(V: int, rng: np.random.Generator) -> np.ndarray:
-    """Many z that differ, with one z - m."""
+    """Many y that differ, with one y - m."""
     x = rng.integers(0, 20, V) * 1e-9
     x[rng.integers(V)] = 3
     return x
@@ -101,14 +102,60 @@ def setting_rows(B: int, rng: np.random.Generator, share: float = 0.35) -> np.nd
     return np.stack(columns, axis=1)
 
 
+ON_REQUEST = ("logprob", "entropy", "rank", "processed")
+
+
 def call(logits: np.ndarray, rng: np.random.Generator, **changed: object) -> dict[str, object]:
-    """The struct's inputs: any seeds and positions, no filter, whatever is changed."""
+    """What a call is given: any seeds and positions, no filter, all there is to return, and whatever is changed.
+
+    Besides the inputs of the reference: what the logits are stored as, how far apart their rows are, whether the mask
+    is packed, and what is wanted.
+    """
     B = len(logits)
-    inputs = dict.fromkeys(("bias", "allowed", "prompt_ids", "output_ids"))
+    inputs = dict.fromkeys(
+        ("bias", "bias_ids", "bias_values", "allowed", "prompt_ids", "output_ids")
+    )
     inputs["settings"] = np.array([OFF], np.float64)
     inputs["seeds"] = rng.integers(-(2**63), 2**63, B)
     inputs["positions"] = rng.integers(-(2**63), 2**63, B)
+    inputs |= {"storage": "float", "row_stride": None, "packed": False, "wanted": ON_REQUEST}
     return {"logits": logits, "num_logprobs": 0, **inputs, **changed}
+
+
+def stored(logits: np.ndarray, storage: str) -> np.ndarray:
+    """As they lie in memory, float32 rounded where they have fewer bits; bfloat16 as uint16."""
+    if storage == "bfloat16":
+        return to_bfloat16(logits)
+    with np.errstate(over="ignore"):
+        return logits.astype(np.float16 if storage == "float16" else np.float32)
+
+
+def widened(array: np.ndarray, storage: str) -> np.ndarray:
+    return from_bfloat16(array) if storage == "bfloat16" else array.astype(np.float32)
+
+
+def spread(logits: np.ndarray, row_stride: int | None) -> np.ndarray:
+    """Rows so far apart, with bits between them that are NaN in every type."""
+    if row_stride is None:
+        return logits
+    gap = np.full((len(logits), row_stride - logits.shape[1]), -1, f"i{logits.itemsize}")
+    return np.hstack([logits, gap.view(logits.dtype)])
+
+
+def packed_bits(allowed: np.ndarray) -> np.ndarray:
+    """Token v is bit v % 32 of word v / 32; all bits behind the last token are set."""
+    V = allowed.shape[-1]
+    whole = np.ones((*allowed.shape[:-1], -(-V // 32) * 32), bool)
+    whole[..., :V] = allowed
+    return np.packbits(whole, axis=-1, bitorder="little")
+
+
+def mask_fields(allowed: np.ndarray | None, packed: bool) -> dict[str, object]:
+    if allowed is None:
+        return {"allowed": None, "allowed_stride": 0, "allowed_kind": 0}
+    mask = packed_bits(allowed) if packed else allowed.view(np.uint8)
+    stride = 0 if mask.ndim == 1 else mask.shape[1] // (4 if packed else 1)
+    return {"allowed": mask, "allowed_stride": stride, "allowed_kind": 2 if packed else 1}
 
 
 def workspace_bytes(B: int, V: int, num_logprobs: int) -> int:
@@ -116,35 +163,62 @@ def workspace_bytes(B: int, V: int, num_logprobs: int) -> int:
     return B * (-(-V // 4) * 4 * 8 + -(-room // 2) * 2 * 8)
 
 
+def outputs(B: int, V: int, n: int, wanted: tuple[str, ...]) -> dict[str, Output | None]:
+    of_row = {
+        "token": np.int64,
+        "valid": bool,
+        "num_kept": np.int64,
+        "filtered_logprob": np.float32,
+    }
+    all_of_them = {name: Output(B, dtype) for name, dtype in of_row.items()}
+    on_request = {
+        "logprob": Output(B, np.float32),
+        "entropy": Output(B, np.float32),
+        "rank": Output(B, np.int64),
+        "processed": Output((B, V), np.float32),
+    }
+    all_of_them |= {name: on_request[name] if name in wanted else None for name in ON_REQUEST}
+    top = {"top_ids": Output((B, n), np.int64), "top_logprobs": Output((B, n), np.float32)}
+    return all_of_them | (top if n > 0 else dict.fromkeys(top))
+
+
 def sample(simt, inputs: dict[str, object], multiprocessors: int = 1) -> dict[str, np.ndarray]:
     """Runs the kernel; rows are shared by blocks where there are more multiprocessors than rows."""
-    logits, n = inputs["logits"], inputs["num_logprobs"]
-    B, V = logits.shape
+    fields = dict(inputs)
+    storage, row_stride, packed, wanted = (
+        fields.pop(name) for name in ("storage", "row_stride", "packed", "wanted")
+    )
+    n = fields["num_logprobs"]
+    B, V = fields["logits"].shape
 
-    def stride(name: str, of_row: int) -> int:
-        array = inputs[name]
-        shared = array is None or (array.ndim == 1 and of_row == V) or len(array) != B
-        return 0 if shared else of_row
+    def stride(name: str) -> int:
+        array = fields[name]
+        return 0 if array is None or len(array) != B else math.prod(array.shape[1:])
 
-    fields = inputs | {
+    fields |= {
+        "logits": spread(stored(fields["logits"], storage), row_stride),
+        "logits_stride": row_stride or V,
+        "bias_stride": 0 if fields["bias"] is None or fields["bias"].ndim == 1 else V,
+        "bias_ids_stride": stride("bias_ids"),
+        "settings_stride": stride("settings") // 8,
+        "seed_stride": stride("seeds"),
+        "position_stride": stride("positions"),
         "B": B,
         "V": V,
-        "bias_stride": stride("bias", V),
-        "allowed_stride": stride("allowed", V),
-        "settings_stride": int(len(inputs["settings"]) == B),
-        "seed_stride": int(len(inputs["seeds"]) == B),
     }
-    for name in ("prompt", "output"):
-        ids = inputs[f"{name}_ids"]
-        fields[f"{name}_length"] = 0 if ids is None else ids.shape[1]
-    fields |= {name: Output(B, np.int64) for name in ("token", "rank", "num_kept")}
-    fields |= {name: Output(B, np.float32) for name in ("logprob", "filtered_logprob", "entropy")}
-    fields |= {"top_ids": Output((B, n), np.int64), "top_logprobs": Output((B, n), np.float32)}
+    for length, name in (
+        ("prompt_length", "prompt_ids"),
+        ("output_length", "output_ids"),
+        ("num_bias_ids", "bias_ids"),
+    ):
+        fields[length] = 0 if fields[name] is None else fields[name].shape[1]
+    fields |= mask_fields(fields["allowed"], packed)
+    fields |= outputs(B, V, n, wanted)
     fields["workspace"] = Scratch(workspace_bytes(B, V, n), np.uint8)
     fields["error"] = np.zeros(4, np.int64)  # the two int32 first
     kernels = simt("sampling")
     kernels.configure(multiprocessors=multiprocessors)
-    return kernels.run("Sample", **fields)
+    return kernels.run(f"Sample<{storage}>", **fields)
 
 
 @pytest.fixture(scope="module")
@@ -158,16 +232,21 @@ def reference() -> ModuleType:
 
 
 def by_reference(reference: ModuleType, inputs: dict[str, object]) -> dict[str, np.ndarray]:
-    B, V = inputs["logits"].shape
-    whole = {"bias": (B, V), "allowed": (B, V), "settings": (B, 8), "seeds": (B,)}
-    broadcast = {
-        name: None
-        if inputs[name] is None
-        else np.ascontiguousarray(np.broadcast_to(inputs[name], shape))
-        for name, shape in whole.items()
+    B = len(inputs["logits"])
+    given = {
+        name: value
+        for name, value in inputs.items()
+        if name not in ("storage", "row_stride", "packed", "wanted")
     }
-    names = "token logprob filtered_logprob rank num_kept entropy top_ids top_logprobs kept"
-    return dict(zip(names.split(), reference.sample(**inputs | broadcast), strict=True))
+    given["logits"] = widened(stored(given["logits"], inputs["storage"]), inputs["storage"])
+    if given["positions"] is None:
+        given["positions"] = np.arange(B) * (len(given["seeds"]) != B)
+    for name in ("bias", "allowed", "bias_ids", "bias_values", "settings", "seeds", "positions"):
+        if given[name] is not None:
+            of_row = given[name].shape[-1:] if name not in ("seeds", "positions") else ()
+            given[name] = np.ascontiguousarray(np.broadcast_to(given[name], (B, *of_row)))
+    expected = reference.sample(**given)
+    return expected | {"valid": expected["token"] >= 0}
 
 
 def check(
@@ -203,7 +282,18 @@ def mixed(B: int, V: int, num_logprobs: int, extras: bool) -> dict[str, object]:
         inputs["allowed"] = rng.random((B, V)) < rng.choice([0.1, 0.5, 0.95, 1.0], (B, 1))
         inputs["prompt_ids"] = rng.integers(-2, V + 2, (B, 6))
         inputs["output_ids"] = rng.integers(-2, min(V, 5) + 1, (B, 9))
+        inputs["bias_ids"], inputs["bias_values"] = sparse_bias(B, V, rng)
     return inputs
+
+
+def sparse_bias(B: int, V: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Up to 9 tokens a row, the first among them, some of them padding; infinite for some."""
+    ids = np.stack([rng.permutation(V + 6)[:9] - 3 for _ in range(B)])
+    ids[:, 0] = np.where((ids == 0).any(axis=1), -1, 0)
+    values = rng.normal(0, 3, ids.shape).astype(np.float32)
+    values[rng.random(ids.shape) < 0.03] = -np.inf
+    values[rng.random(ids.shape) < 0.03] = np.inf
+    return ids, values
 
 
 def unless_sanitized(*shapes: tuple[int, int, int]) -> list:
@@ -279,6 +369,83 @@ def test_shared_bias_mask_settings_and_seed(simt, reference):
     check(
         simt, reference, inputs | {"output_ids": inputs["prompt_ids"][:, ::3], "prompt_ids": None}
     )
+
+
+@pytest.mark.parametrize("multiprocessors", [1, pytest.param(1000, marks=checkers_only)])
+@pytest.mark.parametrize("row_stride", [2301, 2304])
+@pytest.mark.parametrize("storage", ["float", "bfloat16", "float16"])
+def test_logits_as_they_are_stored(simt, reference, storage, row_stride, multiprocessors):
+    V = 2299 if multiprocessors == 1 else 4100
+    inputs = mixed(6, V, 3, extras=row_stride % 2 == 1)
+    inputs |= {
+        "storage": storage,
+        "row_stride": row_stride + V - 2299,
+        "packed": row_stride == 2301,
+    }
+    valid = check(simt, reference, inputs, multiprocessors)["valid"]
+    assert valid.any()
+
+
+@pytest.mark.parametrize("V", [1, 31, 32, 33, 150, 1001])
+def test_a_packed_mask_is_that_of_bytes(simt, V):
+    inputs = mixed(22, V, 1, extras=True)
+    as_bytes = sample(simt, inputs)
+    for name, array in sample(simt, inputs | {"packed": True}).items():
+        np.testing.assert_array_equal(array, as_bytes[name])
+    shared = inputs["allowed"][0] | (np.arange(V) == 0)
+    for packed in (False, True):
+        masked = sample(simt, inputs | {"packed": packed, "allowed": shared})
+        assert shared[masked["token"]][masked["valid"]].all()
+
+
+def test_a_sparse_bias_is_that_of_every_token(simt):
+    """In its place: behind the bias of every token, in front of mask and penalties."""
+    rng = np.random.default_rng(6)
+    B, V = 12, 3000
+    inputs = call(rows_of([_normal, _ties], B, V, rng), rng, settings=setting_rows(B, rng))
+    inputs["output_ids"] = rng.integers(0, V, (B, 90))
+    ids = np.stack([rng.permutation(V)[:700] for _ in range(B)])
+    values = rng.normal(0, 3, ids.shape).astype(np.float32)
+    whole = np.zeros((B, V), np.float32)
+    np.put_along_axis(whole, ids, values, axis=1)
+    expected = sample(simt, inputs | {"bias": whole})
+    padded = np.where(np.arange(701) < 700, np.pad(ids, ((0, 0), (0, 1))), V)
+    given = {"bias_ids": padded, "bias_values": np.pad(values, ((0, 0), (0, 1)))}
+    for name, array in sample(simt, inputs | given).items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize(("V", "multiprocessors"), [(700, 1), (4100, 1000)])
+def test_what_nobody_asks_for_changes_nothing(simt, V, multiprocessors, extras):
+    inputs = mixed(22 if V < 4000 else 5, V, 0, extras)
+    whole = sample(simt, inputs, multiprocessors)
+    for wanted in ((), *((name,) for name in ON_REQUEST)):
+        got = sample(simt, inputs | {"wanted": wanted}, multiprocessors)
+        assert got.keys() == whole.keys() - set(ON_REQUEST) | set(wanted)
+        for name, array in got.items():
+            np.testing.assert_array_equal(array, whole[name])
+
+
+@pytest.mark.parametrize("shared_seed", [False, True])
+@pytest.mark.parametrize("positions", [None, np.array([11])])
+def test_positions_left_out_or_shared(simt, reference, positions, shared_seed):
+    rng = np.random.default_rng(7)
+    inputs = call(rows_of([_normal], 6, 333, rng), rng, positions=positions)
+    inputs["seeds"] = np.array([3]) if shared_seed else np.full(6, 3)
+    tokens = check(simt, reference, inputs)["token"]
+    assert len(set(tokens.tolist())) > 1
+
+
+def test_zeros_of_either_sign(simt, reference):
+    """They are equal, and processed as they are."""
+    rng = np.random.default_rng(8)
+    zeros = np.array([[-0.0, 0.0, -1], [0.0, -0.0, -1], [-0.0, -1, -1], [-1, 0, -0.0]], np.float32)
+    for settings in ([1, 1, 1, 0, 1], [0.7, 0, 1, 0, 1], [2, 0, 1, 0.9, 1], [1, 0, 0.1, 0, 1]):
+        inputs = call(zeros, rng, settings=np.array([[*settings, 1.0, 0, 0]]), num_logprobs=3)
+        assert np.signbit(check(simt, reference, inputs)["processed"][2, 0])
+        inputs["bias"] = np.zeros(3, np.float32)
+        assert not np.signbit(check(simt, reference, inputs)["processed"][2, 0])
 
 
 def test_integers_are_those_of_the_oracle(simt):

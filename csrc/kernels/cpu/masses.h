@@ -58,9 +58,10 @@ struct Weigher {
 
   FloatVec distance(FloatVec y) const { return max(y - maximum, lowest); }
 
-  // Not rounded yet.
+  // Not rounded yet. kRaises: whether d may be below `lowest`.
+  template <bool kRaises = true>
   FloatVec mass(FloatVec y) const {
-    const FloatVec d = distance(y), round = broadcast(kRoundToEighths + kMassBits);
+    const FloatVec d = kRaises ? distance(y) : y - maximum, round = broadcast(kRoundToEighths + kMassBits);
     const FloatVec shifted = fused(d, scale, round);
     const FloatVec r = fused(d, scale, round - shifted);
     const IntVec bits = bits_of(shifted);

@@ -225,17 +225,24 @@ class RowSampler {
   void sum_blocks(const Share& share) {
     const Weigher weigher = row_.weigher();
     for (int64_t block = share.begin; block < share.end; ++block) {
-      ExactSum sum, weighted;
-      for_block(row_.y, block * kBlock, row_.block_end(block), [&](int64_t i, FloatVec y) {
-        const FloatVec mass = weigher.mass(y);
-        sum.add(mass);
-        if constexpr (kStores) store(w_.mass + i, mass);
-        if constexpr (!kStores) prefetch_next(row_, i, sizeof(T));  // else when the masses are read again
-        if constexpr (kWeighs) weighted.add(weigher.weighted(mass, y));
-      });
-      w_.block_mass[block] = sum.total();
-      if constexpr (kWeighs) w_.block_weighted[block] = weighted.total();
+      const FloatVec least = w_.block_minima[block] - weigher.maximum;
+      const bool raises = lane_bits(at_least(weigher.lowest, least)) != 0;
+      raises ? sum_block<kStores, kWeighs, true>(weigher, block) : sum_block<kStores, kWeighs, false>(weigher, block);
     }
+  }
+
+  template <bool kStores, bool kWeighs, bool kRaises>
+  void sum_block(const Weigher& weigher, int64_t block) {
+    ExactSum sum, weighted;
+    for_block(row_.y, block * kBlock, row_.block_end(block), [&](int64_t i, FloatVec y) {
+      const FloatVec mass = weigher.mass<kRaises>(y);
+      sum.add(mass);
+      if constexpr (kStores) store(w_.mass + i, mass);
+      if constexpr (!kStores) prefetch_next(row_, i, sizeof(T));  // else when the masses are read again
+      if constexpr (kWeighs) weighted.add(weigher.weighted(mass, y));
+    });
+    w_.block_mass[block] = sum.total();
+    if constexpr (kWeighs) w_.block_weighted[block] = weighted.total();
   }
 
   uint64_t block_total(const uint64_t* sums) const {

@@ -21,9 +21,9 @@ struct Entry {
 constexpr int kIdBits = 23;  // of a token
 constexpr uint64_t kLastKey = ~uint64_t{0};
 
-// Orders as the float does.
+// Orders as the float does, -0 as 0.
 __device__ inline uint32_t ordered(float value) {
-  const uint32_t bits = float_to_bits(value);
+  const uint32_t bits = float_to_bits(value + 0.0f);
   return bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
 }
 
