@@ -2,7 +2,7 @@
 """Fixtures for the whole suite: corpora, instruction sets, thread counts, the tolerance table."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,20 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = torch.ops.llmkern.cpu_isa()
     torch.ops.llmkern.select_cpu_isa(request.param)
     yield request.param
+    torch.ops.llmkern.select_cpu_isa(before)
+
+
+@pytest.fixture
+def on_isas() -> Iterator[Callable[[], Iterator[str]]]:
+    """``for isa in on_isas()`` is on each of those builds in turn: for tests whose expectation is dear."""
+    before = torch.ops.llmkern.cpu_isa()
+
+    def builds() -> Iterator[str]:
+        for isa in ISAS[: ISAS.index(DETECTED) + 1]:
+            torch.ops.llmkern.select_cpu_isa(isa)
+            yield isa
+
+    yield builds
     torch.ops.llmkern.select_cpu_isa(before)
 
 

@@ -13,8 +13,9 @@
 //      At last y_v = min(y_v, FLT_MAX), so that +inf counts as FLT_MAX; -inf stays; -0 equals 0.
 //      A NaN among the y, or none above -inf, makes the row invalid: token -1, logprobs and entropy NaN, counts 0, top
 //      ids -1.
-//   2. m = max y;  d_v = y_v - m;  mass(v) = exp_mass(d_v, falloff(temperature)) rounded to an integer in [0, 2^40]
-//      (this and the other primitives: arithmetic.h).
+//   2. m = max y;  d_v = (y_v - m) + 0, never -0;
+//      mass(v) = exp_mass(d_v, falloff(temperature)) rounded to an integer in [0, 2^40] (this and the other primitives:
+//      arithmetic.h).
 //      Temperature 0, and any below kGreedyTemperature (whose inverse might overflow), means temperature 1 and top_k 1:
 //      the first token of the order below.
 //   3. Tokens with y = -inf are never kept. "The order" is y descending, then id ascending: the temperature has no part

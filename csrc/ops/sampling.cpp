@@ -30,7 +30,7 @@ int64_t row_stride(const char* name, const Tensor& tensor, int64_t B) {
   if (tensor.size(0) != 1 && tensor.size(0) != B) {
     fail(kName, "expected ", name, " with 1 or B = ", B, " rows, got shape ", shape_text(tensor));
   }
-  return tensor.size(0) == 1 ? 0 : tensor.numel() / tensor.size(0);
+  return tensor.size(0) <= 1 ? 0 : tensor.numel() / tensor.size(0);
 }
 
 void check_per_row(const char* name, const Tensor& tensor, ScalarType dtype, int64_t dim) {

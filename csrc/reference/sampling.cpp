@@ -94,7 +94,7 @@ std::optional<Distribution> distribution(const std::vector<float>& y, const Samp
   const float maximum = *std::max_element(row.y.begin(), row.y.end());
   if (maximum == -INFINITY) return std::nullopt;
   for (size_t v = 0; v < row.y.size(); ++v) {
-    const float d = row.y[v] - maximum, mass = std::nearbyint(exp_mass(d, row.scale));
+    const float d = (row.y[v] - maximum) + 0.0f, mass = std::nearbyint(exp_mass(d, row.scale));
     row.d.push_back(d);
     row.mass.push_back(static_cast<uint64_t>(mass));
     row.weighted.push_back(round_to_integer(weighted_mass(mass, d, row.scale)));

@@ -11,8 +11,9 @@ from llmkern.ops.sampling import SampleOutput
 class Sampler(nn.Module):
     """Draws one token a row from logits, with the settings it was made with. It has no parameters.
 
-    The steps, in order, on logits [B, V] taken to float32. "The order" of the tokens is by scaled logit, descending;
-    equal ones by id, ascending. Probabilities are exact integers, so "at least p" is exact too.
+    The steps, in order, on logits [B, V] taken to float32. "The order" of the tokens is by logit after bias, mask and
+    penalties, descending; equal ones by id, ascending; the temperature has no part in it. Probabilities are exact
+    integers, so "at least p" is exact too.
 
     ==================  =============================================================================================
     step                rule; what happens with ties and at the edges
@@ -22,9 +23,10 @@ class Sampler(nn.Module):
     repetition_penalty  logits of tokens seen in prompt_ids or output_ids: positive ones divided by it, others
                         multiplied, once however often they occur; 1 is off
     frequency_penalty   subtracted, times the number of occurrences in output_ids; 0 is off
-    presence_penalty    subtracted once from tokens in output_ids; 0 is off
-    temperature         divides the logits; 0 (and below 1e-30) takes the first token of the order: argmax, lowest id
-                        of equals, whatever the seed. +inf counts as the largest float32
+    presence_penalty    subtracted once from tokens in output_ids; 0 is off. What is +inf now counts as the largest
+                        float32
+    temperature         divides the logits; 0 (and below 2^-100, 7.9e-31) takes the first token of the order: argmax,
+                        lowest id of equals, whatever the seed
     top_k               keeps the first k of the order: never more, also when the k-th has equals; 0 or >= V is off
     top_p               keeps, of those, the shortest start of the order with probability >= p, the token that reaches
                         p included; at least one; 1 is off
@@ -37,8 +39,9 @@ class Sampler(nn.Module):
 
     A token 28 nats below the most likely one has probability 0 (less than 2^-41 of it). A row with a NaN, or with no
     token above -inf, is invalid: token -1, valid False, logprobs and entropy NaN, rank and num_kept 0, top_ids -1. A
-    NaN at a token that is not allowed does no harm. A row's result depends on its logits, settings, seed and position
-    alone: not on the other rows, the number of threads, the instruction set or the device.
+    NaN at a token that is not allowed does no harm. Fields that were not asked for are None. A row's result depends on
+    its logits, settings, seed and position alone: not on what is asked for, the other rows, the number of threads, the
+    instruction set or the device.
 
     Args:
         temperature, top_k, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty: numbers,

@@ -122,20 +122,21 @@ def bias(value: Bias | None, B: int, V: int, device: torch.device) -> BiasTensor
 
 
 def _sparse_bias(rows: Sequence[Mapping[int, float]], V: int, device: torch.device) -> BiasTensors:
-    n = max((len(row) for row in rows), default=0)
+    n = max([0, *[len(row) for row in rows]])
     if n == 0:
         return _NO_BIAS
-    ids = torch.full((len(rows), n), -1, dtype=torch.int64)
-    values = torch.zeros((len(rows), n), dtype=torch.float32)
-    for b, row in enumerate(rows):
+    for row in rows:
         for token in row:
             if not 0 <= token < V:
                 raise IndexError(
                     f"llmkern.sample: expected ids in logit_bias in [0, V) = [0, {V}), got {token}"
                 )
-        ids[b, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
-        values[b, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float32)
-    return BiasTensors(ids=ids.to(device), values=values.to(device))
+    ids = [[*row, *[-1] * (n - len(row))] for row in rows]
+    values = [[*row.values(), *[0.0] * (n - len(row))] for row in rows]
+    return BiasTensors(
+        ids=torch.tensor(ids, dtype=torch.int64, device=device),
+        values=torch.tensor(values, dtype=torch.float32, device=device),
+    )
 
 
 def mask(allowed: Tensor | None, B: int, V: int, device: torch.device) -> Tensor | None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From logits to a token in one call: penalties, temperature, filters, the draw, logprobs, rank and entropy.
 
-Probabilities are integers (round(2^40 * exp(z - max z))), so their sums are exact: a row's token is the same on every
-instruction set, on any number of threads, on CPU and GPU, and whatever rows are beside it.
+Probabilities are integers (round(2^40 * exp((y - max y) / temperature))), so their sums are exact: a row's token is the
+same on every instruction set, on any number of threads, on CPU and GPU, and whatever rows are beside it.
 """
 
 from typing import NamedTuple

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The judge of sampling: its five steps (csrc/kernels/sampling.h) again, in numpy and Python's integers.
+"""The judge of sampling: its four steps (csrc/kernels/sampling.h) again, in numpy and Python's integers.
 
 Written from the contract alone and without the project's native code, so that equality means something. numpy has no
 fused multiply-add: fmaf is computed in float64, rounded to odd, and then rounded to float32, which is exact (Boldo &
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 F32 = np.float32
 FLOAT_MAX = F32(3.4028234663852886e38)
-FLOAT_MIN = F32(2.0**-126)
-FULL_MASS = 2**40
+MASS_BITS = 40
+FULL_MASS = 2**MASS_BITS
 PURPOSE_SAMPLE = 1
 
 Floats = NDArray[np.float32]
@@ -34,24 +34,37 @@ def fmaf(a: Floats | F32, b: Floats | F32, c: Floats | F32) -> Floats:
     return odd.astype(F32)
 
 
-def exp_mass(d: Floats) -> Integers:
-    """round(2^40 * exp(d)), halves to even, for d <= 0."""
-    d = -np.minimum(-d, F32(64))
-    round_ = F32(12582912)
-    shifted = fmaf(d, F32(1.44269504), round_)
-    n = shifted - round_
-    r = fmaf(n, F32(-0.693359375), d)
-    r = fmaf(n, F32(2.12194440e-4), r)
-    p = np.full(d.shape, F32(1) / F32(5040), F32)
-    for divisor in (720, 120, 24, 6, 2, 1, 1):
-        p = fmaf(p, r, F32(1) / F32(divisor))
-    scaled = np.ldexp(np.float64(p), n.astype(np.int32) + 40)
-    return np.rint(scaled).astype(np.uint64)
+def falloff(temperature: float) -> tuple[F32, F32]:
+    """What a distance is multiplied by, and the distance at which nothing is left of a mass."""
+    scale = max(F32(np.log2(np.e) / temperature), F32(2.0**-120))
+    return scale, F32(-48) / scale
 
 
-def weighted_mass(mass: Integers, d: Floats) -> Integers:
-    """round(mass * -d), the product in float32."""
-    product = mass.astype(F32) * np.minimum(-d, F32(64))
+EIGHTH_POWERS = np.array([2 ** (j / 8) for j in range(8)], F32)
+CUBIC = [F32(float.fromhex(c)) for c in ("0x1.62e432p-1", "0x1.ec0c32p-3", "0x1.c6a004p-5")]
+
+
+def exp_mass(d: Floats, temperature: float = 1.0) -> Floats:
+    """2^(40 + d * scale) for d <= 0: 2^(j / 8) from a table, 2^r for |r| <= 1/16 by a cubic."""
+    scale, lowest = falloff(temperature)
+    d = np.maximum(d, lowest)
+    eighths = F32(1.5 * 2**20 + MASS_BITS)  # whose last place is 1/8
+    n = fmaf(d, scale, eighths) - eighths
+    r = fmaf(d, scale, -n)
+    whole = (8 * np.float64(n)).astype(np.int64) + 8 * MASS_BITS
+    power = np.ldexp(EIGHTH_POWERS[whole % 8], whole // 8)
+    q = fmaf(fmaf(r, CUBIC[2], CUBIC[1]), r, CUBIC[0])
+    return fmaf(power * r, q, power)
+
+
+def masses(d: Floats, temperature: float = 1.0) -> Integers:
+    return np.rint(np.float64(exp_mass(d, temperature))).astype(np.uint64)
+
+
+def weighted_masses(mass: Integers, d: Floats, temperature: float) -> Integers:
+    """round(mass * information in bits), the products in float32."""
+    scale, lowest = falloff(temperature)
+    product = mass.astype(F32) * -(np.maximum(d, lowest) * scale)
     return np.rint(np.float64(product)).astype(np.uint64)
 
 
@@ -95,28 +108,33 @@ class Result:
     """Of one row; the fields of an invalid one keep these values."""
 
     token: int = -1
-    logprob: float = float("nan")
-    filtered_logprob: float = float("nan")
-    rank: int = 0
     num_kept: int = 0
+    filtered_logprob: float = float("nan")
+    logprob: float = float("nan")
     entropy: float = float("nan")
-    kept: set[int] = field(default_factory=set)
+    rank: int = 0
+    kept: list[int] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     logprobs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    processed: Floats = field(default_factory=lambda: np.empty(0, F32))
 
 
 def adjusted_logits(
     logits: Floats,
     s: Settings,
     bias: Floats | None,
+    sparse_bias: dict[int, float],
     allowed: NDArray[np.bool_] | None,
     prompt_ids: list[int],
     output_ids: list[int],
 ) -> Floats:
     y = logits.copy() if bias is None else logits + bias
+    in_vocabulary = range(len(y))
+    for v, value in sparse_bias.items():
+        if v in in_vocabulary:
+            y[v] += F32(value)
     if allowed is not None:
         y[~allowed] = -np.inf
-    in_vocabulary = range(len(y))
     for v in {*prompt_ids, *output_ids}:
         if v not in in_vocabulary or y[v] == -np.inf:
             continue
@@ -125,7 +143,7 @@ def adjusted_logits(
         count = output_ids.count(v)
         if count:
             y[v] = (y[v] - F32(s.frequency_penalty) * F32(count)) - F32(s.presence_penalty)
-    return y
+    return np.minimum(y, FLOAT_MAX)
 
 
 def shortest_prefix(order: NDArray[np.int64], mass: Integers, needed: int) -> NDArray[np.int64]:
@@ -139,10 +157,11 @@ def by(values: NDArray, ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def kept_tokens(
-    z: Floats, d: Floats, mass: Integers, order: NDArray[np.int64], s: Settings
+    d: Floats, mass: Integers, weighted: Integers, order: NDArray[np.int64], s: Settings
 ) -> NDArray[np.int64]:
     kept = order
-    k = 1 if s.temperature < 2.0**-100 else s.top_k
+    greedy = s.temperature < 2.0**-100
+    k = 1 if greedy else s.top_k
     if k > 0:
         kept = kept[: int(min(k, len(kept)))]
     if s.top_p < 1:
@@ -150,8 +169,10 @@ def kept_tokens(
     if s.min_p > 0:
         kept = kept[mass[kept] >= np.uint64(fraction_of_mass(s.min_p, FULL_MASS))]
     if s.typical_p < 1:
-        total, weighted = int(mass[kept].sum()), int(weighted_mass(mass, d)[kept].sum())
-        deviation = np.abs(-d.astype(np.float64) - float(weighted) / float(total)).astype(F32)
+        total = int(mass[kept].sum())
+        mean = float(int(weighted[kept].sum())) / float(total)
+        information = -np.float64(d * falloff(1.0 if greedy else s.temperature)[0])
+        deviation = np.abs(information - mean).astype(F32)
         kept = shortest_prefix(by(deviation, kept), mass, fraction_of_mass(s.typical_p, total))
     return np.sort(kept)
 
@@ -166,18 +187,18 @@ def sample(
     allowed: NDArray[np.bool_] | None = None,
     prompt_ids: list[int] = [],  # noqa: B006  (never written)
     output_ids: list[int] = [],  # noqa: B006
+    sparse_bias: dict[int, float] = {},  # noqa: B006
 ) -> Result:
-    """One row. Logprobs and entropy come from math.log and are good to 1e-12, the rest is exact."""
-    y = adjusted_logits(logits, s, bias, allowed, prompt_ids, output_ids)
-    greedy = s.temperature < 2.0**-100
-    inverse = F32(1) if greedy else max(F32(1 / s.temperature), FLOAT_MIN)
-    z = np.minimum(y * inverse, FLOAT_MAX)
-    if np.isnan(z).any() or z.max() == -np.inf:
-        return Result()
-    d = z - z.max()
-    mass = exp_mass(d)
-    order = by(-z, np.flatnonzero(z > -np.inf))
-    kept = kept_tokens(z, d, mass, order, s)
+    """One row. Logprobs and entropy come from np.log and are good to 1e-12, the rest is exact."""
+    y = adjusted_logits(logits, s, bias, sparse_bias, allowed, prompt_ids, output_ids)
+    if np.isnan(y).any() or y.max() == -np.inf:
+        return Result(processed=np.full(len(y), -np.inf, F32))
+    temperature = 1.0 if s.temperature < 2.0**-100 else s.temperature
+    d = (y - y.max()) + F32(0)  # never -0
+    mass = masses(d, temperature)
+    weighted = weighted_masses(mass, d, temperature)
+    order = by(-y, np.flatnonzero(y > -np.inf))
+    kept = kept_tokens(d, mass, weighted, order, s)
 
     kept_mass = int(mass[kept].sum())
     target = random_u64(seed, position) * kept_mass >> 64
@@ -185,14 +206,18 @@ def sample(
 
     total = int(mass.sum())
     log_total = np.log(total / FULL_MASS)
+    scaled = np.float64(d) / temperature
+    processed = np.full(len(y), -np.inf, F32)
+    processed[kept] = (np.float64(y[kept]) / temperature).astype(F32)
     return Result(
         token=token,
-        logprob=float(d[token]) - log_total,
-        filtered_logprob=float(d[token]) - np.log(kept_mass / FULL_MASS),
-        rank=int(np.flatnonzero(order == token)[0]),
         num_kept=len(kept),
-        entropy=log_total + int(weighted_mass(mass, d).sum()) / total,
-        kept=set(kept.tolist()),
+        filtered_logprob=scaled[token] - np.log(kept_mass / FULL_MASS),
+        logprob=scaled[token] - log_total,
+        entropy=log_total + np.log(2) * (int(weighted.sum()) / total),
+        rank=int(np.flatnonzero(order == token)[0]),
+        kept=kept.tolist(),
         order=order.tolist(),
-        logprobs=d.astype(np.float64) - log_total,
+        logprobs=scaled - log_total,
+        processed=processed,
     )

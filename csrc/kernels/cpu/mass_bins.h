@@ -2,11 +2,15 @@
 // Where the tokens of a row lie, by a sample of them: the first guess of selections that would else take many passes.
 #pragma once
 
+#include <cfloat>
+
 #include "kernels/cpu/row.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
+
+constexpr float kLeastLive = -FLT_MAX;  // what every token but -inf reaches
 
 // Tokens by the octaves of their mass, eight bins each: bin j has masses near 2^(j / 8 - 8).
 constexpr int kMassBins = 8 * (kMassBits + 8) + 1;
@@ -16,9 +20,10 @@ inline float bin_mass(int bin) {
   return bits_to_float(kEighthPowers[bin & 7] + (static_cast<uint32_t>(bin) << 20) - (kOctaves << 23));
 }
 
-// The least y of a bin.
+// The least y of a bin; not -inf, which lanes beyond the vocabulary reach.
 inline float bin_floor(const Row& row, int bin) {
-  return row.maximum + (static_cast<float>(bin) / 8 + kNoMass - 1.0f / 16) / row.scale.scale;
+  const float y = row.maximum + (static_cast<float>(bin) / 8 + kNoMass - 1.0f / 16) / row.scale.scale;
+  return y > kLeastLive ? y : kLeastLive;
 }
 
 // A sample of a row's tokens: every stride-th vector.

@@ -56,8 +56,7 @@ Bracket guess(const Row& row, uint64_t outside) {
     }
   }
   const bool all_above = above <= kFewEnough || high == kMassBins;
-  const float lowest = bin_floor(row, low);
-  return {lowest > kLeastLive ? lowest : kLeastLive, all_above ? INFINITY : bin_floor(row, high)};
+  return {bin_floor(row, low), all_above ? INFINITY : bin_floor(row, high)};
 }
 
 struct Pass {

@@ -393,7 +393,7 @@ class RowSampler {
     if (a_.num_logprobs > 0) write_top(log_total);
   }
 
-  double scaled_distance(float y) const { return static_cast<double>(y - row_.maximum) / row_.temperature; }
+  double scaled_distance(float y) const { return static_cast<double>((y - row_.maximum) + 0.0f) / row_.temperature; }
 
   float scaled(int64_t v) const { return static_cast<float>(static_cast<double>(row_.y[v]) / row_.temperature); }
 

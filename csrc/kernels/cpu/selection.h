@@ -5,7 +5,6 @@
 // the list by radix selection (shortest_prefix).
 #pragma once
 
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -121,8 +120,6 @@ int64_t keep_prefix(Candidate* list, int64_t n, uint64_t needed, Candidate* work
 }
 
 inline Candidate counted(const Candidate& c) { return {c.value, c.id, 1}; }
-
-constexpr float kLeastLive = -FLT_MAX;  // what every token but -inf reaches
 
 // A value that at least k tokens reach: the k-th largest of the maxima of disjoint groups, which are lanes of some
 // blocks, at least 2 k of them. `work` [V].

@@ -287,7 +287,7 @@ __device__ void write_top(const AnySample& a, int64_t b, const Row& row, double 
   for (int i = n + static_cast<int>(threadIdx.x); i < whole; i += kThreads) keys[i] = kLastKey;
   sort<kThreads>(keys, whole);
   for (int i = static_cast<int>(threadIdx.x); i < a.num_logprobs; i += kThreads) {
-    const double d = i < n ? value_of(keys[i]) - row.maximum : 0;
+    const double d = i < n ? (value_of(keys[i]) - row.maximum) + 0.0f : 0;
     a.top_ids[b * a.num_logprobs + i] = i < n ? id_of(keys[i]) : -1;
     a.top_logprobs[b * a.num_logprobs + i] = i < n ? static_cast<float>(d / temperature - log_total) : -INFINITY;
   }
@@ -324,7 +324,7 @@ __device__ void write_invalid(const AnySample& a, int64_t b) {
 // By one thread. log_total and `all` are there where the plan has sums.
 __device__ void write_drawn(const AnySample& a, int64_t b, const Row& row, double temperature, const Draw& drawn,
                             double log_total, const Sums& all) {
-  const double scaled = static_cast<double>(row.y[drawn.token] - row.maximum) / temperature;
+  const double scaled = static_cast<double>((row.y[drawn.token] - row.maximum) + 0.0f) / temperature;
   a.token[b] = drawn.token;
   a.valid[b] = true;
   a.num_kept[b] = drawn.num_kept;
