@@ -38,6 +38,16 @@ LLMKERN_HOST_DEVICE inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
+// Orders as the float does, NaN beyond both infinities.
+LLMKERN_HOST_DEVICE inline int32_t ordered(float value) {
+  const int32_t bits = static_cast<int32_t>(float_to_bits(value));
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+LLMKERN_HOST_DEVICE inline float from_ordered(int32_t key) {
+  return bits_to_float(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
+}
+
 LLMKERN_HOST_DEVICE inline uint64_t double_to_bits(double value) {
   uint64_t bits;
   memcpy(&bits, &value, sizeof bits);

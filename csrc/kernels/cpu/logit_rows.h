@@ -22,16 +22,6 @@ inline int64_t row_block_size(int64_t block, int64_t V) {
   return V - block * kRowBlock < kRowBlock ? V - block * kRowBlock : kRowBlock;
 }
 
-// Orders as the float does, NaN beyond both infinities.
-inline int32_t ordered(float value) {
-  const int32_t bits = static_cast<int32_t>(float_to_bits(value));
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-
-inline float from_ordered(int32_t key) {
-  return bits_to_float(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
-}
-
 inline float clamped(float y) {
   y += 0.0f;  // -0 becomes 0
   return y > FLT_MAX ? FLT_MAX : y;

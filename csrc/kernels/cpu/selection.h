@@ -31,12 +31,6 @@ struct Prefix {
   bool keeps(const Candidate& c) const { return (c.value > value) | ((c.value == value) & (c.id <= last_id)); }
 };
 
-// Orders as the float does, NaN beyond both infinities.
-inline int32_t ordered(float value) {
-  const int32_t bits = static_cast<int32_t>(float_to_bits(value));
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-
 inline uint64_t mass_of(const Row& row, float y) { return round_to_integer(exp_mass(y - row.maximum, row.scale)); }
 
 inline Candidate candidate(const Row& row, int64_t token) {
