@@ -167,5 +167,5 @@ def test_results_are_defined_and_agree_with_each_other(batch):
         assert batch.allowed is None or batch.allowed[b, token]
         assert 1 <= out.num_kept[b] <= V
         assert 0 <= out.rank[b] < V
-        assert out.logprob[b] <= out.filtered_logprob[b] <= 0
+        assert out.logprob[b] <= out.filtered_logprob[b] <= 1e-6  # masses err by 1.5e-7
         assert 0 <= out.entropy[b] <= math.log(V) + 1e-4
