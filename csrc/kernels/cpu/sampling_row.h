@@ -355,13 +355,14 @@ class RowSampler {
     alignas(64) float mass[kBlock];
     const Weigher weigher = row_.weigher();
     for_block(row_.y, begin, end, [&](int64_t i, FloatVec y) { store(mass + (i - begin), weigher.mass(y)); });
+    for (int64_t i = (end - begin + kLanes<float> - 1) / kLanes<float> * kLanes<float>; i < kBlock; ++i) mass[i] = 0;
     if (kept.kind == Kept::kNucleus) {
       for (int64_t v = begin; v < end; ++v) mass[v - begin] = keeps(kept, v) ? mass[v - begin] : 0.0f;
     }
     constexpr int64_t kGroup = 64;
     int64_t i = 0;
     for (;; i += kGroup) {
-      uint64_t sum = 0;  // lanes beyond the vocabulary are -inf, without mass; groups beyond it are never reached
+      uint64_t sum = 0;
       for (int64_t j = i; j < i + kGroup; ++j) sum += round_to_integer(mass[j]);
       if (sum > target) break;
       target -= sum;
