@@ -70,7 +70,15 @@ def _check_isa(isa: str) -> Iterator[Check]:
         for dtype, tolerance in _TOLERANCE.items():
             error = max(_error(got, expected) for got, expected in case(dtype))
             yield Check(op, str(dtype).removeprefix("torch."), isa, error, tolerance)
-    yield Check("sample", "float32", isa, max(_error(*pair) for pair in _sample()), 0.0)
+    exact: dict[str, Callable[[], Pairs]] = {
+        "sample": _sample,
+        "filter_logits": _filter_logits,
+        "beam_search_step": _beam_search_step,
+        "speculative_verify": _speculative_verify,
+        "multinomial": _multinomial,
+    }
+    for op, equal in exact.items():
+        yield Check(op, "float32", isa, max(_error(*pair) for pair in equal()), 0.0)
 
 
 def _error(got: Tensor, expected: object) -> float:
@@ -168,23 +176,75 @@ def _linear_cross_entropy(dtype: torch.dtype) -> Pairs:
     return pairs + list(zip(grads, expected, strict=True))
 
 
+# Equality from here on: tokens, counts and even logprobs are defined to the bit.
+
+_SETTINGS: dict[str, Any] = {
+    "temperature": 0.9,
+    "top_k": 200,
+    "top_p": 0.95,
+    "min_p": 0.001,
+    "typical_p": 0.9,
+}
+
+
+def _tied_logits(*shape: int) -> Tensor:
+    return (_random(torch.float32, *shape) * 40).round() / 4
+
+
+def _expected_sample(logits: Tensor) -> dict[str, Any]:
+    B = logits.shape[0]
+    rows = np.tile([*_SETTINGS.values(), 1.0, 0.0, 0.0], (B, 1))
+    seeds = np.ones(B, dtype=np.int64)
+    return _reference.sample(logits.numpy(), rows, seeds, np.arange(B), num_logprobs=5)
+
+
 def _sample() -> Pairs:
-    """Equality: tokens, counts and even logprobs are defined to the bit."""
-    B, V = 64, 700
-    logits = (_random(torch.float32, B, V) * 40).round() / 4  # ties everywhere
-    settings: dict[str, Any] = {
-        "temperature": 0.9,
-        "top_k": 200,
-        "top_p": 0.95,
-        "min_p": 0.001,
-        "typical_p": 0.9,
-    }
+    logits = _tied_logits(64, 700)
     drawn = ops.sample(
-        logits, **settings, seed=1, num_logprobs=5, return_entropy=True, return_rank=True
+        logits, **_SETTINGS, seed=1, num_logprobs=5, return_entropy=True, return_rank=True
     )
-    rows = np.tile([*settings.values(), 1.0, 0.0, 0.0], (B, 1))
-    expected = _reference.sample(
-        logits.numpy(), rows, np.ones(B, dtype=np.int64), np.arange(B), num_logprobs=5
-    )
+    expected = _expected_sample(logits)
     names = [name for name in drawn._fields if name != "valid"]
     return [(getattr(drawn, name), expected[name]) for name in names]
+
+
+def _filter_logits() -> Pairs:
+    logits = _tied_logits(64, 700)
+    got, expected = ops.filter_logits(logits, **_SETTINGS), _expected_sample(logits)["processed"]
+    dropped = -1e9  # a number that can be subtracted
+    return [(got.nan_to_num(neginf=dropped), np.nan_to_num(expected, neginf=dropped))]
+
+
+def _beam_search_step() -> Pairs:
+    logits, scores = _tied_logits(8, 3, 700), _random(torch.float32, 8, 3)
+    best = ops.beam_search_step(logits, scores)
+    expected = _reference.beam_search_step(logits.numpy(), scores.numpy(), 6)
+    return list(zip(best, expected, strict=True))
+
+
+def _speculative_verify() -> Pairs:
+    B, n = 32, 3
+    target, draft = _tied_logits(B, n + 1, 700), _tied_logits(B, n, 700)
+    seeds, positions = torch.arange(B), torch.zeros(B, dtype=torch.int64)
+    ids = ops.sample(draft.flatten(0, 1), seed=1).token.view(B, n)
+    tokens, accepted, logprobs, _ = ops.speculative_verify(
+        ids, draft, target, seed=seeds, position=positions
+    )
+    expected = _reference.speculative_verify(
+        *(tensor.numpy() for tensor in (ids, draft, target, seeds, positions))
+    )
+    return list(zip((tokens, accepted, logprobs), expected, strict=True))
+
+
+def _multinomial() -> Pairs:
+    weights = _random(torch.float32, 8, 700).abs()
+    seeds, positions = np.full(8, 2), np.arange(8)
+    return [
+        (
+            ops.multinomial(weights, 50, replacement, seed=2),
+            _reference.multinomial(
+                weights.double().numpy(), 50, replacement, False, seeds, positions
+            ),
+        )
+        for replacement in (False, True)
+    ]

@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "kernels/cpu/selection.h"
+#include "kernels/cpu/team.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
@@ -26,12 +27,13 @@ struct Nucleus {
   uint64_t mass;
 };
 
-// What the passes over a row fill.
+// What the passes over a row fill, block by block.
 struct NucleusWork {
-  const float* mass;     // [V], rounded or not
-  uint64_t* block_mass;  // [blocks], of the nucleus: out
-  Candidate *candidates, *work;
-  int64_t logits_element;  // bytes
+  const float* mass;                    // [V], rounded or not
+  uint64_t* block_mass;                 // [blocks], of the nucleus: out
+  int32_t *block_count, *block_listed;  // [blocks]: tokens above the bracket, and candidates
+  Candidate *candidates, *work;         // [V]: those of a block from its first token's place on
+  int64_t logits_element;               // bytes
 };
 
 // Where the mass beyond the nucleus, `outside`, ends: by the sample, two standard deviations to either side. Tokens so
@@ -59,39 +61,48 @@ Bracket guess(const Row& row, uint64_t outside) {
   return {bin_floor(row, low), all_above ? INFINITY : bin_floor(row, high)};
 }
 
+// Adds up the tokens >= high of a block and lists the others that are >= low.
+void pass_over(const Row& row, const Bracket& bracket, const NucleusWork& w, int64_t block) {
+  w.block_mass[block] = 0;
+  w.block_count[block] = w.block_listed[block] = 0;
+  if (!block_reaches(row, block, bracket.low)) return;
+  const FloatVec low = broadcast(bracket.low), high = broadcast(bracket.high);
+  const int64_t begin = block * kBlock;
+  BlockBits around;
+  ExactSum sum;
+  uint32_t count = 0;
+  for_block(row.y, begin, row.block_end(block), [&](int64_t i, FloatVec y) {
+    prefetch_next(row, i, w.logits_element);
+    const LaneMask above = at_least(y, high);
+    const uint32_t above_bits = lane_bits(above);
+    sum.add(zero_unless(above, load(w.mass + i)));
+    count += static_cast<uint32_t>(__builtin_popcount(above_bits));
+    around.set(i - begin, lane_bits(at_least(y, low)) & ~above_bits);
+  });
+  int32_t places[kBlock + BlockBits::kSpare];
+  const int64_t listed = around.list(places);
+  for (int64_t i = 0; i < listed; ++i) {
+    const int64_t token = begin + places[i];
+    w.candidates[begin + i] = {row.y[token] + 0.0f, static_cast<int32_t>(token), round_to_integer(w.mass[token])};
+  }
+  w.block_mass[block] = sum.total();
+  w.block_count[block] = static_cast<int32_t>(count);
+  w.block_listed[block] = static_cast<int32_t>(listed);
+}
+
 struct Pass {
   uint64_t mass_above;
   int64_t count_above, num_candidates;
 };
 
-// Adds up the tokens >= high and lists the others that are >= low.
-Pass pass_over(const Row& row, const Bracket& bracket, const NucleusWork& w) {
-  const FloatVec low = broadcast(bracket.low), high = broadcast(bracket.high);
+// What the pass found in all blocks; the candidates move together.
+Pass collect(const Row& row, const NucleusWork& w) {
   Pass pass = {0, 0, 0};
   for (int64_t block = 0; block < row.blocks(); ++block) {
-    w.block_mass[block] = 0;
-    if (!block_reaches(row, block, bracket.low)) continue;
-    const int64_t begin = block * kBlock;
-    BlockBits around;
-    ExactSum sum;
-    uint32_t count = 0;
-    for_block(row.y, begin, row.block_end(block), [&](int64_t i, FloatVec y) {
-      prefetch_next(row, i, w.logits_element);
-      const LaneMask above = at_least(y, high);
-      const uint32_t above_bits = lane_bits(above);
-      sum.add(zero_unless(above, load(w.mass + i)));
-      count += static_cast<uint32_t>(__builtin_popcount(above_bits));
-      around.set(i - begin, lane_bits(at_least(y, low)) & ~above_bits);
-    });
-    w.block_mass[block] = sum.total();
     pass.mass_above += w.block_mass[block];
-    pass.count_above += count;
-    int32_t places[kBlock + BlockBits::kSpare];
-    const int64_t found = around.list(places);
-    for (int64_t i = 0; i < found; ++i) {
-      const int64_t token = begin + places[i];
-      w.candidates[pass.num_candidates++] = {row.y[token] + 0.0f, static_cast<int32_t>(token),
-                                             round_to_integer(w.mass[token])};
+    pass.count_above += w.block_count[block];
+    for (int64_t i = 0; i < w.block_listed[block]; ++i) {
+      w.candidates[pass.num_candidates++] = w.candidates[block * kBlock + i];
     }
   }
   return pass;
@@ -103,34 +114,62 @@ uint64_t list_sum(const Candidate* list, int64_t n) {
   return mass;
 }
 
-// The shortest prefix of the row's order with mass >= needed, `total` being the mass of all.
-Nucleus find_nucleus(const Row& row, uint64_t needed, uint64_t total, const NucleusWork& w) {
-  Bracket bracket = guess(row, total - needed);
-  float step = 1 / row.scale.scale;  // an octave of mass
-  Pass pass;
-  for (;; step *= 4) {
-    pass = pass_over(row, bracket, w);
-    if (pass.mass_above >= needed) {
-      bracket = {bracket.high, bracket.high + step};
-    } else if (pass.mass_above + list_sum(w.candidates, pass.num_candidates) < needed) {
-      const float lower = bracket.low - step;
-      bracket = {lower > kLeastLive ? lower : kLeastLive, bracket.low};
-    } else {
-      break;
+// Looks for the shortest prefix of the row's order with mass >= needed.
+class NucleusSearch {
+ public:
+  // Every worker of a team comes here, with blocks of its own. `total` is the mass of all tokens.
+  void run(const Row& row, uint64_t needed, uint64_t total, const NucleusWork& w, const Share& share) {
+    const bool leads = share.begin == 0;
+    if (leads) {
+      bracket_ = guess(row, total - needed);
+      step_ = 1 / row.scale.scale;
+      is_found_ = false;
     }
+    do {
+      share.barrier.wait();
+      for (int64_t block = share.begin; block < share.end; ++block) pass_over(row, bracket_, w, block);
+      share.barrier.wait();
+      if (leads) judge(row, needed, w);
+      share.barrier.wait();
+    } while (!is_found_);
   }
-  Nucleus found = {{}, pass.count_above, pass.mass_above};
-  found.prefix = shortest_prefix(w.candidates, pass.num_candidates, needed - pass.mass_above, w.work,
-                                 [](const Candidate& c) { return c; });
-  for (int64_t i = 0; i < pass.num_candidates; ++i) {  // no branch: which are kept is as good as random
-    const Candidate& c = w.candidates[i];
-    const uint64_t kept = found.prefix.keeps(c), mass = kept * c.mass;
-    w.block_mass[static_cast<uint32_t>(c.id) / kBlock] += mass;
-    found.mass += mass;
-    found.count += static_cast<int64_t>(kept);
+
+  const Nucleus& found() const { return found_; }
+
+ private:
+  void judge(const Row& row, uint64_t needed, const NucleusWork& w) {
+    const Pass pass = collect(row, w);
+    if (pass.mass_above >= needed) {
+      bracket_ = {bracket_.high, bracket_.high + step_};
+    } else if (pass.mass_above + list_sum(w.candidates, pass.num_candidates) < needed) {
+      const float lower = bracket_.low - step_;
+      bracket_ = {lower > kLeastLive ? lower : kLeastLive, bracket_.low};
+    } else {
+      is_found_ = true;
+      found_ = ending(pass, needed, w);
+    }
+    step_ *= 4;
   }
-  return found;
-}
+
+  static Nucleus ending(const Pass& pass, uint64_t needed, const NucleusWork& w) {
+    Nucleus found = {{}, pass.count_above, pass.mass_above};
+    found.prefix = shortest_prefix(w.candidates, pass.num_candidates, needed - pass.mass_above, w.work,
+                                   [](const Candidate& c) { return c; });
+    for (int64_t i = 0; i < pass.num_candidates; ++i) {  // no branch: which are kept is as good as random
+      const Candidate& c = w.candidates[i];
+      const uint64_t kept = found.prefix.keeps(c), mass = kept * c.mass;
+      w.block_mass[static_cast<uint32_t>(c.id) / kBlock] += mass;
+      found.mass += mass;
+      found.count += static_cast<int64_t>(kept);
+    }
+    return found;
+  }
+
+  Bracket bracket_ = {};
+  float step_ = 0;  // by which a bracket that missed is moved: an octave of mass at first
+  bool is_found_ = false;
+  Nucleus found_ = {};
+};
 
 }  // namespace
 

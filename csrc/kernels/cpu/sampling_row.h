@@ -19,13 +19,14 @@ struct Workspace {
   int32_t* occurrences;                   // [V]
   FloatVec *block_maxima, *block_minima;  // [blocks]
   uint64_t *block_mass, *block_weighted;  // [blocks]
+  int32_t *block_count, *block_listed;    // [blocks]
   Candidate *kept, *work;                 // [V]
 
   // This thread's own memory.
   explicit Workspace(int64_t V) {
     const size_t blocks = static_cast<size_t>((V + kBlock - 1) / kBlock), whole = blocks * kBlock;
     const size_t per_token = 3 * sizeof(float) + 2 * sizeof(Candidate);
-    const size_t per_block = 2 * sizeof(FloatVec) + 2 * sizeof(uint64_t);
+    const size_t per_block = 2 * sizeof(FloatVec) + 2 * sizeof(uint64_t) + 2 * sizeof(int32_t);
     char* memory = scratch<char>(Slot::kKernel, static_cast<int64_t>(whole * per_token + blocks * per_block));
     const auto take = [&memory](auto*& array, size_t count) {
       array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(memory);
@@ -40,6 +41,8 @@ struct Workspace {
     take(work, whole);
     take(block_mass, blocks);
     take(block_weighted, blocks);
+    take(block_count, blocks);
+    take(block_listed, blocks);
   }
 };
 
@@ -72,8 +75,16 @@ class RowSampler {
     share.barrier.wait();
     if (leads) summarise();
     share.barrier.wait();
-    if (valid_ && needs_total_) sum_masses(share);
-    share.barrier.wait();
+    if (valid_ && needs_total_) {
+      sum_masses(share);
+      share.barrier.wait();
+      if (leads) total_ = block_total(w_.block_mass);
+      share.barrier.wait();
+    }
+    if (valid_ && needs_nucleus()) {
+      const NucleusWork work = {w_.mass, w_.block_mass, w_.block_count, w_.block_listed, w_.kept, w_.work, sizeof(T)};
+      nucleus_.run(row_, fraction_of_mass(s_.top_p, total_), total_, work, share);
+    }
     if (leads) finish();
   }
 
@@ -318,8 +329,7 @@ class RowSampler {
     } else if (s_.min_p > 0) {
       n = list_min_p();
     } else if (s_.top_p < 1) {
-      const Nucleus nucleus = find_nucleus(row_, fraction_of_mass(s_.top_p, total_), total_,
-                                           {w_.mass, w_.block_mass, w_.kept, w_.work, sizeof(T)});
+      const Nucleus& nucleus = nucleus_.found();
       if (s_.typical_p == 1) return {Kept::kNucleus, nucleus.count, nucleus.mass, nucleus.prefix};
       n = list_prefix(nucleus.prefix);
     } else if (s_.typical_p < 1) {
@@ -375,18 +385,17 @@ class RowSampler {
 
   void finish() {
     if (!valid_) return write_invalid();
-    total_ = needs_total_ ? block_total(w_.block_mass) : 0;
-    const uint64_t all = total_, weighted = a_.entropy == nullptr ? 0 : block_total(w_.block_weighted);
+    const uint64_t weighted = a_.entropy == nullptr ? 0 : block_total(w_.block_weighted);
     const Kept kept = filter();
     const int64_t token = draw(kept);
-    const double log_total = needs_total_ ? log_mass(all) : 0;
+    const double log_total = needs_total_ ? log_mass(total_) : 0;
     a_.token[b_] = token;
     a_.valid[b_] = true;
     a_.num_kept[b_] = kept.count;
     a_.filtered_logprob[b_] = static_cast<float>(scaled_distance(row_.y[token]) - log_mass(kept.mass));
     if (a_.logprob != nullptr) a_.logprob[b_] = static_cast<float>(scaled_distance(row_.y[token]) - log_total);
     if (a_.entropy != nullptr) {
-      const double bits = static_cast<double>(weighted) / static_cast<double>(all);
+      const double bits = static_cast<double>(weighted) / static_cast<double>(total_);
       a_.entropy[b_] = static_cast<float>(log_total + kLn2 * bits);
     }
     if (a_.rank != nullptr) a_.rank[b_] = rank_of(row_, token);
@@ -445,7 +454,8 @@ class RowSampler {
   const Workspace& w_;
   Row row_ = {};
   bool valid_ = false, needs_total_ = false;
-  int64_t top_k_ = 0;   // 0: off
+  int64_t top_k_ = 0;  // 0: off
+  NucleusSearch nucleus_;
   uint64_t total_ = 0;  // of all masses
 };
 
