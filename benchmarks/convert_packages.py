@@ -31,7 +31,8 @@ from llmkern.benchmark.timing import Spread
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 10
-LEARNING_RATE = 1e-4  # ten times more makes Encodec unstable: differences in the last bit grow tenfold a step
+# Ten times more makes Encodec unstable: differences in the last bit grow tenfold a step.
+LEARNING_RATE = 1e-4
 
 Function = Callable[[nn.Module], Tensor]
 
