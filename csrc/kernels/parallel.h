@@ -17,6 +17,9 @@ class Parallel {
 
   Parallel(Launcher launcher, int threads) : launcher_(launcher), threads_(threads) {}
 
+  // The calling thread.
+  static Parallel alone() { return Parallel(nullptr, 1); }
+
   int threads() const { return threads_; }
 
   template <class F>

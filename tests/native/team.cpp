@@ -34,10 +34,10 @@ void two_calls(int64_t n, int64_t, Parallel::Body body, const void* context) {
 }
 
 // Every part adds what all parts had one step before: wrong as soon as one worker is a step ahead or behind.
-void check(const char* name, Parallel::Launcher launcher, bool worth_it) {
+void check(const char* name, const Parallel& parallel) {
   int64_t values[2][kParts];
   for (int64_t& value : values[0]) value = 1;
-  run_team(Parallel(launcher, kThreads), kParts, worth_it, [&](const Share& share) {
+  run_team(parallel, kParts, [&](const Share& share) {
     for (int64_t step = 0; step < kSteps; ++step) {
       share.barrier.wait();
       const int64_t* before = values[step % 2];
@@ -69,7 +69,7 @@ void check_failure() {
       share.barrier.give_up();
     }
   };
-  run_team(Parallel(side_by_side, kThreads), kParts, true, body);
+  run_team(Parallel(side_by_side, kThreads), kParts, body);
   if (failed.load() == kThreads) return;
   std::printf("failure: expected %lld workers to stop, got %d\n", static_cast<long long>(kThreads), failed.load());
   std::exit(1);
@@ -78,10 +78,10 @@ void check_failure() {
 }  // namespace
 
 int main() {
-  check("side by side", side_by_side, true);
-  check("one after another", one_after_another, true);
-  check("all in one call", all_in_one_call, true);
-  check("two calls", two_calls, true);
-  check("not worth it", side_by_side, false);
+  check("side by side", Parallel(side_by_side, kThreads));
+  check("one after another", Parallel(one_after_another, kThreads));
+  check("all in one call", Parallel(all_in_one_call, kThreads));
+  check("two calls", Parallel(two_calls, kThreads));
+  check("alone", Parallel::alone());
   check_failure();
 }

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // One LSTM layer on the CPU; the contract is kernels/lstm.h.
 //
-// A team of workers (team.h) stays for the whole sequence. Each owns some panels of hidden units and with them the
-// columns of the weights that make these units' gates, so that its share of the weights stays in its own cache. A step
-// of a panel is one register tile: a few rows of the batch by the four gates of as many units as a vector has. It ends
-// in the gate functions, which write h where the next step reads it: in tiles, one k after the other. Workers meet once
-// a step, when h is complete. Backward is the mirror image: the product that makes dh of a panel is followed by the
-// gate gradients of the same units.
+// Where the batch has rows enough, each thread runs some of them over the whole sequence by itself. Else a team of
+// workers (team.h) stays for the whole sequence. Each owns some panels of hidden units and with them the columns of the
+// weights that make these units' gates, so that its share of the weights stays in its own cache; they meet once a step,
+// when h is complete.
+//
+// A step of a panel is one register tile: a few rows of the batch by the four gates of as many units as a vector has.
+// It ends in the gate functions, which write h where the next step reads it: in tiles, one k after the other. Backward
+// is the mirror image: the product that makes dh of a panel is followed by the gate gradients of the same units.
 #include "kernels/lstm.h"
 
 #include "kernels/cpu/bytes.h"
@@ -102,11 +104,56 @@ void clear_tiles(Word<Op>* tiles, int64_t rows, int64_t K) {
   copy_or_zero<Word<Op>>(tiles, nullptr, rows * words_of<Op>(K));
 }
 
+// The threads for that many multiplications and additions.
+Parallel threads_for(int64_t operations, const Parallel& parallel) {
+  return operations < kTeamFlops ? Parallel::alone() : parallel;
+}
+
+// Calls f(schedule, threads) for parts of the rows, each on a thread of its own, where all get enough of them to read
+// the weights by themselves; else for the whole batch. Rows know nothing of each other: parts neither wait nor fetch
+// from another core what that has just written.
+template <class F>
+void run_rows(const Schedule& whole, const int64_t* lengths, bool reverse, bool apart, const Parallel& threads,
+              const F& f) {
+  constexpr int64_t kRowsOfAPart = 8;
+  const int64_t parts = threads.threads();
+  if (!apart || parts <= 1 || whole.rows() < kRowsOfAPart * parts) return f(whole, threads);
+  threads(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      f(Schedule(whole.steps(), whole.rows(), lengths, reverse, part, parts), Parallel::alone());
+    }
+  });
+}
+
+// The steps of some rows, `cell` [B, H] being the running c.
 template <class Op, class T = typename Op::Storage>
-void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& parallel) {
+void run_forward(const LstmForward<T>& a, const void* packed, Sum<Op>* cell, const Schedule& schedule,
+                 const Parallel& threads) {
   using S = Sum<Op>;
   using Projection = typename Op::Projection;
   const bool projects = a.variant.weight_hr != nullptr;
+  const int64_t rows = schedule.rows(), shared = rows * round_up(a.P, Op::kTerms);
+  const auto [before, after] = carve<typename Op::Shared>(Slot::kHidden, {shared, shared});
+  const auto [packed_hr, unprojected] = carve<Word<Projection>>(
+      Slot::kProjection, {projects ? panels_of<S>(a.P) * words_of<Projection>(a.H) * kUnits<S> : 0,
+                          projects ? rows * words_of<Projection>(a.H) : 0});
+  const int64_t pairs = a.variant.norm_gates != nullptr ? 2 * panels_of<S>(a.H) * rows : 0;
+  const int64_t together = Forward<Op>::steps_together(rows, schedule.steps());
+  const auto [of_inputs, of_hidden, of_cells] = carve<S>(Slot::kMoments, {together * pairs, pairs, pairs});
+  if (projects) pack_rows<Projection>(a.variant.weight_hr, a.P, a.H, packed_hr);
+  if (schedule.ragged()) {  // tiles are multiplied whole
+    copy_or_zero<typename Op::Shared>(before, nullptr, shared);
+    copy_or_zero<typename Op::Shared>(after, nullptr, shared);
+    if (projects) clear_tiles<Projection>(unprojected, rows, a.H);
+  }
+  const Forward<Op> layer = {
+      a,           schedule, weights_in<Op>(packed, a.I, a.H, a.P), {before, after},   packed_hr,
+      unprojected, cell,     {of_inputs, together * rows},          {of_hidden, rows}, {of_cells, rows}};
+  run_team(threads, panels_of<S>(a.H), [&](const Share& share) { layer.run(share); });
+}
+
+template <class Op, class T = typename Op::Storage>
+void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& parallel) {
   const LstmPacking packing = a.quantised ? LstmPacking::kQuantised : LstmPacking::kForward;
   const void* packed = a.packed;
   if (!is_packed<Op>(packed, packing, a.I, a.H, a.P)) {
@@ -114,26 +161,11 @@ void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& 
     pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, packing, own, a.I, a.H, a.P}, parallel);
     packed = own;
   }
-  const int64_t shared = a.B * round_up(a.P, Op::kTerms);
-  const auto [before, after] = carve<typename Op::Shared>(Slot::kHidden, {shared, shared});
-  const auto [packed_hr, unprojected] = carve<Word<Projection>>(
-      Slot::kProjection, {projects ? panels_of<S>(a.P) * words_of<Projection>(a.H) * kUnits<S> : 0,
-                          projects ? a.B * words_of<Projection>(a.H) : 0});
-  const int64_t pairs = a.variant.norm_gates != nullptr ? 2 * panels_of<S>(a.H) * a.B : 0;
-  const int64_t together = Forward<Op>::steps_together(a.B, schedule.steps());
-  const auto [of_inputs, of_hidden, of_cells] = carve<S>(Slot::kMoments, {together * pairs, pairs, pairs});
-  if (projects) pack_rows<Projection>(a.variant.weight_hr, a.P, a.H, packed_hr);
-  if (schedule.ragged()) {  // tiles are multiplied whole
-    copy_or_zero<typename Op::Shared>(before, nullptr, shared);
-    copy_or_zero<typename Op::Shared>(after, nullptr, shared);
-    if (projects) clear_tiles<Projection>(unprojected, a.B, a.H);
-  }
   const Running<T> cell(Slot::kCell, a.c_n, a.c_0, a.B * a.H);
-  const Forward<Op> layer = {
-      a,           schedule,      weights_in<Op>(packed, a.I, a.H, a.P), {before, after},  packed_hr,
-      unprojected, cell.values(), {of_inputs, together * a.B},           {of_hidden, a.B}, {of_cells, a.B}};
-  const bool worth_it = schedule.tokens() * a.H * (a.I + a.P) * 8 >= kTeamFlops;
-  run_team(parallel, panels_of<S>(a.H), worth_it, [&](const Share& share) { layer.run(share); });
+  const Parallel threads = threads_for(schedule.tokens() * a.H * (a.I + a.P) * 8, parallel);
+  const bool apart = a.variant.norm_gates == nullptr;
+  run_rows(schedule, a.lengths, a.reverse, apart, threads,
+           [&](const Schedule& rows, const Parallel& team) { run_forward<Op>(a, packed, cell.values(), rows, team); });
   cell.finish();
 }
 
@@ -173,26 +205,25 @@ bool has_panels(const LstmBackward<T>& a) {
   return is_packed<Op>(a.packed, LstmPacking::kBackward, a.I, a.H, a.P);
 }
 
-// grad_gates of every token, and the gradients of the initial states; with packed weights that of the input too.
+// The steps of some rows, backwards; grad_h [B, P] and grad_c [B, H] are the running dh and dc.
 template <class Op, class T = typename Op::Storage>
-void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, const BackwardState<T>& state,
-                           double* norm_cell, const Parallel& parallel) {
+void run_backward(const LstmBackward<T>& a, const BackwardState<T>& state, Sum<Op>* grad_h, Sum<Op>* grad_c,
+                  double* norm_cell, const Schedule& schedule, const Parallel& threads) {
   using S = Sum<Op>;
+  const int64_t rows = schedule.rows();
   const bool projects = a.variant.weight_hr != nullptr, norm = a.variant.norm_gates != nullptr;
-  const int64_t panels = panels_of<S>(a.H), gates = a.B * 4 * words_of<Op>(a.H), pairs = norm ? 2 * panels * a.B : 0;
+  const int64_t panels = panels_of<S>(a.H), gates = rows * 4 * words_of<Op>(a.H), pairs = norm ? 2 * panels * rows : 0;
   const bool packed = has_panels<Op>(a);
   const int64_t weights = panels_of<S>(a.P) * backward_panel_words<Op>(a.H);
   const auto [unpacked, packed_hr, before, after, dh] =
       carve<Word<Op>>(Slot::kKernel, {packed ? 0 : weights, projects ? panels * words_of<Op>(a.P) * kUnits<S> : 0,
-                                      gates, gates, projects ? a.B * words_of<Op>(a.P) : 0});
+                                      gates, gates, projects ? rows * words_of<Op>(a.P) : 0});
   const auto [of_cells, of_gates] = carve<S>(Slot::kMoments, {pairs, pairs});
   if (schedule.ragged()) {  // tiles are multiplied whole
     copy_or_zero<Word<Op>>(before, nullptr, gates);
     copy_or_zero<Word<Op>>(after, nullptr, gates);
-    if (projects) clear_tiles<Op>(dh, a.B, a.P);
+    if (projects) clear_tiles<Op>(dh, rows, a.P);
   }
-  const Running<T> grad_h(Slot::kHidden, a.grad_h_0, a.grad_h_n, a.B * a.P);
-  const Running<T> grad_c(Slot::kCell, a.grad_c_0, a.grad_c_n, a.B * a.H);
   const auto* panels_in =
       reinterpret_cast<const Word<Op>*>(static_cast<const char*>(a.packed) + sizeof(LstmPackHeader));
   const Backward<Op> backward = {a,
@@ -204,13 +235,26 @@ void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, c
                                  packed_hr,
                                  {before, after},
                                  dh,
-                                 grad_h.values(),
-                                 grad_c.values(),
-                                 {of_cells, a.B},
-                                 {of_gates, a.B},
+                                 grad_h,
+                                 grad_c,
+                                 {of_cells, rows},
+                                 {of_gates, rows},
                                  norm_cell};
-  const bool worth_it = schedule.tokens() * a.H * (a.P + (packed ? a.I : 0)) * 8 >= kTeamFlops;
-  run_team(parallel, panels, worth_it, [&](const Share& share) { backward.run(share); });
+  run_team(threads, panels, [&](const Share& share) { backward.run(share); });
+}
+
+// grad_gates of every token, and the gradients of the initial states; with packed weights that of the input too.
+template <class Op, class T = typename Op::Storage>
+void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, const BackwardState<T>& state,
+                           double* norm_cell, const Parallel& parallel) {
+  const Running<T> grad_h(Slot::kHidden, a.grad_h_0, a.grad_h_n, a.B * a.P);
+  const Running<T> grad_c(Slot::kCell, a.grad_c_0, a.grad_c_n, a.B * a.H);
+  const int64_t columns = a.P + (has_panels<Op>(a) ? a.I : 0);
+  const Parallel threads = threads_for(schedule.tokens() * a.H * columns * 8, parallel);
+  const bool apart = a.variant.norm_gates == nullptr;
+  run_rows(schedule, a.lengths, a.reverse, apart, threads, [&](const Schedule& rows, const Parallel& team) {
+    run_backward<Op>(a, state, grad_h.values(), grad_c.values(), norm_cell, rows, team);
+  });
   grad_h.finish();
   grad_c.finish();
 }

@@ -9,7 +9,7 @@ namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
 // What a backward pass works with beside its arguments: the gates, saved or computed again, and what it leaves for the
-// products over all steps. Tokens are rows [first(t) + i] of the schedule.
+// products over all steps. Tokens are numbered as by the schedule.
 template <class T>
 struct BackwardState {
   const T* gates;            // [T, B, 4H], or [tokens, 4H] if they were computed again
@@ -22,7 +22,7 @@ struct BackwardState {
   T* grad_projected;         // [tokens, P]: the gradient of W_hr (o * tanh(c))
 
   int64_t saved_row(const Schedule& schedule, int64_t B, int64_t t, int64_t i) const {
-    return by_token ? schedule.first(t) + i : t * B + schedule.row(i);
+    return by_token ? schedule.token(t, i) : t * B + schedule.row(i);
   }
 };
 
@@ -121,11 +121,18 @@ struct Backward {
 
 template <class Op>
 typename Backward<Op>::Work Backward<Op>::work(const Share& share) const {
-  const int64_t size = (share.end - share.begin) * a.B * kUnits<S>;
-  const int64_t of_gates = norm() ? 4 * size : 0, of_panel = a.B * kGatesWidth<S>;
-  const auto [dh, hidden, gates] = carve<S>(Slot::kPackedA, {round_up(a.B, kBackwardRows) * kUnits<S>, size, of_gates});
+  const int64_t size = (share.end - share.begin) * schedule.rows() * kUnits<S>;
+  const int64_t of_gates = norm() ? 4 * size : 0, of_panel = schedule.rows() * kGatesWidth<S>;
+  const auto [dh, hidden, gates] =
+      carve<S>(Slot::kPackedA, {round_up(schedule.rows(), kBackwardRows) * kUnits<S>, size, of_gates});
   T* handed = scratch<T>(Slot::kPackedB, norm() ? of_gates : of_panel);
-  return {share, dh, hidden, gates, handed, norm() ? of_panel : 0, Zoneouts<T>::of(a.variant, a.B, a.H, a.P, share)};
+  return {share,
+          dh,
+          hidden,
+          gates,
+          handed,
+          norm() ? of_panel : 0,
+          Zoneouts<T>::of(a.variant, schedule.rows(), a.H, a.P, share)};
 }
 
 template <class Op>
@@ -143,8 +150,8 @@ void Backward<Op>::pack(const Share& share) const {
 template <class Op>
 void Backward<Op>::carry(const Work& work, int64_t panel, int64_t t, const Word<Op>* above) const {
   const int64_t active = schedule.active(t), n = units_of<S>(panel, a.P);
-  multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, recurrent + panel * panel_words(), n, work.dh,
-                                 false);
+  multiply<Op, kBackwardRows, 1>(active, schedule.rows(), 4 * gate_words(), above, recurrent + panel * panel_words(), n,
+                                 work.dh, false);
   for (int64_t i = 0; i < active; ++i) {
     const int64_t row = schedule.row(i);
     S* running = grad_h + row * a.P + panel * kUnits<S>;
@@ -161,7 +168,7 @@ void Backward<Op>::carry_to_input(const Work& work, int64_t t, const Word<Op>* a
   const Share mine = projected<S>(work.share, a.H, a.I);
   const int64_t active = schedule.active(t);
   for (int64_t p = mine.begin; p < mine.end; ++p) {
-    multiply<Op, kBackwardRows, 1>(active, a.B, 4 * gate_words(), above, inputs + p * panel_words(),
+    multiply<Op, kBackwardRows, 1>(active, schedule.rows(), 4 * gate_words(), above, inputs + p * panel_words(),
                                    units_of<S>(p, a.I), work.dh, false);
     for (int64_t i = 0; i < active; ++i) {
       T* to = a.grad_input + (t * a.B + schedule.row(i)) * a.I + p * kUnits<S>;
@@ -190,8 +197,8 @@ void Backward<Op>::project(const Work& work, int64_t panel, int64_t t) const {
   const int64_t first = panel * kUnits<S>, n = units_of<S>(panel, a.P);
   for (int64_t i = 0; i < schedule.active(t); ++i) {
     const Vec<S> dh = hidden_gradient(work, token(t, i), panel);
-    store_narrow(state.grad_projected + (schedule.first(t) + i) * a.P + first, dh, n);
-    scatter<Op, kBackwardRows>(dh, n, dh_tiles, i, first / Op::kTerms, a.B, words_of<Op>(a.P));
+    store_narrow(state.grad_projected + schedule.token(t, i) * a.P + first, dh, n);
+    scatter<Op, kBackwardRows>(dh, n, dh_tiles, i, first / Op::kTerms, schedule.rows(), words_of<Op>(a.P));
   }
 }
 
@@ -199,9 +206,9 @@ void Backward<Op>::project(const Work& work, int64_t panel, int64_t t) const {
 template <class Op>
 void Backward<Op>::unproject(const Work& work, int64_t t) const {
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-    multiply<Op, kBackwardRows, 1>(schedule.active(t), a.B, words_of<Op>(a.P), dh_tiles,
-                                   packed_hr + p * projection_words(), units_of<S>(p, a.H), work.hidden_row(p, 0, a.B),
-                                   false);
+    multiply<Op, kBackwardRows, 1>(schedule.active(t), schedule.rows(), words_of<Op>(a.P), dh_tiles,
+                                   packed_hr + p * projection_words(), units_of<S>(p, a.H),
+                                   work.hidden_row(p, 0, schedule.rows()), false);
   }
 }
 
@@ -226,7 +233,7 @@ template <class Op>
                                                                                         Vec<S> hidden) const {
   const Vec<S> o = gate(at, 3, panel), tanh_c = tanh(new_cell(at, panel, previous_cell(at, panel)));
   if (projects()) {
-    store_narrow(state.unprojected + (schedule.first(at.t) + at.i) * a.H + panel * kUnits<S>, o * tanh_c,
+    store_narrow(state.unprojected + schedule.token(at.t, at.i) * a.H + panel * kUnits<S>, o * tanh_c,
                  units_of<S>(panel, a.H));
   }
   return {hidden * o * (1 - tanh_c * tanh_c), hidden * tanh_c * o * (1 - o)};
@@ -253,18 +260,18 @@ template <class Op>
   da[2] = dc * i * (1 - g * g);
   da[3] = unit.da_output;
   store(running, resets(a.variant, at.t, at.row, a.B) ? Vec<S>{} : fma(dc, f, past), n);
-  T* to = state.grad_gates + (schedule.first(at.t) + at.i) * 4 * H + first;
+  T* to = state.grad_gates + schedule.token(at.t, at.i) * 4 * H + first;
   for (int j = 0; j < 4; ++j) store_narrow(to + j * H, da[j], n);
 }
 
 // The gradient of W_hh h of a panel, the rows of one tile, into the tiles of the step before.
 template <class Op>
 void Backward<Op>::hand_down(int64_t panel, int64_t first, int64_t count, const T* rows, Word<Op>* after) const {
-  const int64_t height = tile_height<kBackwardRows>(first, a.B), n = units_of<S>(panel, a.H);
+  const int64_t height = tile_height<kBackwardRows>(first, schedule.rows()), n = units_of<S>(panel, a.H);
   for (int j = 0; j < 4; ++j) {
     const int64_t word = j * gate_words() + panel * kUnits<S> / Op::kTerms;
     fill_tile<Op>(rows + j * kUnits<S>, kGatesWidth<S>, n, count, height,
-                  in_tiles<kBackwardRows>(after, first, word, a.B, 4 * gate_words()));
+                  in_tiles<kBackwardRows>(after, first, word, schedule.rows(), 4 * gate_words()));
   }
 }
 
@@ -292,7 +299,8 @@ void Backward<Op>::finish(const Work& work, int64_t panel, int64_t t, Word<Op>* 
     for (int64_t i = first; i < first + count; ++i) {
       fetch(panel, t, i + kFetchAhead);
       const Token at = token(t, i);
-      const Vec<S> hidden = projects() ? load(work.hidden_row(panel, i, a.B)) : hidden_gradient(work, at, panel);
+      const Vec<S> hidden =
+          projects() ? load(work.hidden_row(panel, i, schedule.rows())) : hidden_gradient(work, at, panel);
       Vec<S> da[4];
       gate_gradients(work, at, panel, output_gradient(at, panel, hidden), da);
       for (int j = 0; j < 4; ++j) store_narrow(handed + (i - first) * kGatesWidth<S> + j * kUnits<S>, da[j]);
@@ -309,11 +317,11 @@ void Backward<Op>::normalized_cell(const Work& work, int64_t panel, const Token&
   const Vec<S> o = gate(at, 3, panel), gain = load_wide(a.variant.norm_cell + first, n);
   const Vec<S> x[1] = {(new_cell(at, panel, previous_cell(at, panel)) - scales[2]) * scales[3]};
   const Vec<S> tanh_y = tanh(fma(x[0], gain, load_wide(a.variant.norm_cell + a.H + first, n)));
-  const Vec<S> hidden = load(work.hidden_row(panel, at.i, a.B)), dy = hidden * o * (1 - tanh_y * tanh_y);
+  const Vec<S> hidden = load(work.hidden_row(panel, at.i, schedule.rows())), dy = hidden * o * (1 - tanh_y * tanh_y);
   const Vec<S> dx[1] = {dy * gain};
-  if (projects()) store_narrow(state.unprojected + (schedule.first(at.t) + at.i) * a.H + first, o * tanh_y, n);
-  store(work.hidden_row(panel, at.i, a.B), dx[0]);
-  store(work.gates_row(panel, at.i, a.B) + 3 * kUnits<S>, hidden * tanh_y * o * (1 - o));
+  if (projects()) store_narrow(state.unprojected + schedule.token(at.t, at.i) * a.H + first, o * tanh_y, n);
+  store(work.hidden_row(panel, at.i, schedule.rows()), dx[0]);
+  store(work.gates_row(panel, at.i, schedule.rows()) + 3 * kUnits<S>, hidden * tanh_y * o * (1 - o));
   put_products<S>(dx, x, n, cell_products.at(panel, at.i));
   for (int64_t u = 0; u < n; ++u) {
     gains[first + u] += static_cast<double>(dy[u] * x[0][u]);
@@ -329,7 +337,7 @@ void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* af
     for (int64_t i = 0; i < active; ++i) {
       fetch(p, t, i + kFetchAhead);
       const Token at = token(t, i);
-      if (!projects()) store(work.hidden_row(p, i, a.B), hidden_gradient(work, at, p));
+      if (!projects()) store(work.hidden_row(p, i, schedule.rows()), hidden_gradient(work, at, p));
       normalized_cell(work, p, at, norm_cell);
     }
   }
@@ -341,9 +349,10 @@ void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* af
     for (int64_t p = work.share.begin; p < work.share.end; ++p) {
       const int64_t first = p * kUnits<S>, n = units_of<S>(p, a.H);
       const Vec<S> x = (new_cell(at, p, previous_cell(at, p)) - scales[2]) * scales[3];
-      S* gates = work.gates_row(p, i, a.B);
+      S* gates = work.gates_row(p, i, schedule.rows());
       Vec<S> da[4], normal[4];
-      gate_gradients(work, at, p, {cell.of(load(work.hidden_row(p, i, a.B)), x), load(gates + 3 * kUnits<S>)}, da);
+      gate_gradients(work, at, p,
+                     {cell.of(load(work.hidden_row(p, i, schedule.rows())), x), load(gates + 3 * kUnits<S>)}, da);
       for (int g = 0; g < 4; ++g) {
         da[g] *= load_wide(a.variant.norm_gates + (4 + g) * a.H + first, n);
         normal[g] = normalized(at, 1, g, p);
@@ -357,8 +366,8 @@ void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* af
     const Token at = token(t, i);
     const NormGradient<S> row = norm_gradient_of_row(gate_products, i, a.H, 4, state.scales[at.saved * 4 + 1]);
     for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-      const S* gates = work.gates_row(p, i, a.B);
-      T* to = state.grad_hidden + (schedule.first(t) + i) * 4 * a.H + p * kUnits<S>;
+      const S* gates = work.gates_row(p, i, schedule.rows());
+      T* to = state.grad_hidden + schedule.token(t, i) * 4 * a.H + p * kUnits<S>;
       for (int g = 0; g < 4; ++g) {
         const Vec<S> da = row.of(load(gates + g * kUnits<S>), normalized(at, 1, g, p));
         store_narrow(to + g * a.H, da, units_of<S>(p, a.H));

@@ -148,15 +148,15 @@ struct Forward {
 
 template <class Op>
 typename Forward<Op>::Work Forward<Op>::work(const Share& share) const {
-  const int64_t together = steps_together(a.B, schedule.steps()), panels = share.end - share.begin;
-  const int64_t group = kFinishRows / a.B + 1, size = a.B * kGatesWidth<S>;
-  Word<Op>* tiles = scratch<Word<Op>>(Slot::kPackedA, Gates<Op>::tile_words(together * a.B, a.I));
+  const int64_t together = steps_together(schedule.rows(), schedule.steps()), panels = share.end - share.begin;
+  const int64_t group = kFinishRows / schedule.rows() + 1, size = schedule.rows() * kGatesWidth<S>;
+  Word<Op>* tiles = scratch<Word<Op>>(Slot::kPackedA, Gates<Op>::tile_words(together * schedule.rows(), a.I));
   const auto [inputs, products, projection] =
       carve<S>(Slot::kPackedB, {together * panels * size, (norm() ? panels : group) * size, projects() ? size : 0});
-  Moments<S>* moments = scratch<Moments<S>>(Slot::kSums, norm() ? a.B : 0);
+  Moments<S>* moments = scratch<Moments<S>>(Slot::kSums, norm() ? schedule.rows() : 0);
   return {share,      together, group,
           tiles,      inputs,   products,
-          projection, moments,  Zoneouts<T>::of(a.variant, a.B, a.H, a.P, share)};
+          projection, moments,  Zoneouts<T>::of(a.variant, schedule.rows(), a.H, a.P, share)};
 }
 
 // h_0 of the rows whose first step this is, the share's columns.
@@ -170,7 +170,7 @@ void Forward<Op>::begin_rows(const Work& work, int64_t step, Shared* to) const {
     const bool reset = resets(a.variant, t, row, a.B);
     for (int64_t p = share.begin; p < share.end; ++p) {
       const T* from = reset ? zeros : a.h_0 + row * a.P + p * kUnits<S>;
-      Gates<Op>::share(from, units_of<S>(p, a.P), i, p * kUnits<S>, a.B, a.P, to);
+      Gates<Op>::share(from, units_of<S>(p, a.P), i, p * kUnits<S>, schedule.rows(), a.P, to);
     }
   }
 }
@@ -187,7 +187,7 @@ void Forward<Op>::multiply_inputs(const Work& work, int64_t step, int64_t steps)
   }
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     Gates<Op>::multiply(rows, rows, a.I, work.input_tiles, weights.input(p), units_of<S>(p, a.H),
-                        work.input_row(p, 0, a.B), false);
+                        work.input_row(p, 0, schedule.rows()), false);
   }
 }
 
@@ -197,7 +197,7 @@ void Forward<Op>::normalize_inputs(const Work& work, int64_t step, int64_t steps
   const int64_t rows = first_row(step, step + steps - 1) + schedule.active(schedule.time(step + steps - 1));
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     for (int64_t i = 0; i < rows; ++i) {
-      put_gate_moments(work.input_row(p, i, a.B), units_of<S>(p, a.H), input_moments.at(p, i));
+      put_gate_moments(work.input_row(p, i, schedule.rows()), units_of<S>(p, a.H), input_moments.at(p, i));
     }
   }
   work.share.barrier.wait();
@@ -209,7 +209,7 @@ void Forward<Op>::normalize_inputs(const Work& work, int64_t step, int64_t steps
       if (a.scales != nullptr && work.share.begin == 0) a.scales[token * 4] = moments.scale;
       T* saved = a.normalized == nullptr ? nullptr : a.normalized + token * 4 * a.H;
       for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-        S* row = work.input_row(p, first + i, a.B);
+        S* row = work.input_row(p, first + i, schedule.rows());
         scale_gates(row, moments, a.variant.norm_gates, p, a.H, static_cast<const S*>(nullptr), saved, row);
       }
     }
@@ -295,8 +295,9 @@ void Forward<Op>::emit_unprojected(int64_t panel, int64_t first, int64_t count, 
   typename Projection::Storage rows[kForwardRows * kUnits<S>];
   for (int64_t i = 0; i < count; ++i) store_narrow(rows + i * kUnits<S>, outputs[i]);
   const int64_t words = words_of<Projection>(a.H), word = panel * kUnits<S> / Projection::kTerms;
-  fill_tile<Projection>(rows, kUnits<S>, units_of<S>(panel, a.H), count, tile_height<kForwardRows>(first, a.B),
-                        in_tiles<kForwardRows>(unprojected_tiles, first, word, a.B, words));
+  fill_tile<Projection>(rows, kUnits<S>, units_of<S>(panel, a.H), count,
+                        tile_height<kForwardRows>(first, schedule.rows()),
+                        in_tiles<kForwardRows>(unprojected_tiles, first, word, schedule.rows(), words));
 }
 
 // A panel of h of the rows of one tile: to the output, and to what the next step reads.
@@ -313,7 +314,8 @@ void Forward<Op>::emit_hidden(const Work& work, int64_t panel, int64_t t, int64_
     if (i >= go_on) store_narrow(a.h_n + row * P + column, h, n);  // its last step
     store_narrow(carried + i * kUnits<S>, resets(a.variant, next, row, a.B) ? Vec<S>{} : h);
   }
-  if (go_on > 0) Gates<Op>::share_tile(carried, n, first, go_on < count ? go_on : count, column, a.B, P, after);
+  if (go_on > 0)
+    Gates<Op>::share_tile(carried, n, first, go_on < count ? go_on : count, column, schedule.rows(), P, after);
 }
 
 // h, or what zoneout keeps of the step before.
@@ -330,17 +332,18 @@ template <class Op>
 
 template <class Op>
 void Forward<Op>::run_step(const Work& work, int64_t step) const {
-  const int64_t t = schedule.time(step), active = schedule.active(t), size = a.B * kGatesWidth<S>;
+  const int64_t t = schedule.time(step), active = schedule.active(t), size = schedule.rows() * kGatesWidth<S>;
   const int64_t input_row = first_row(step / work.together * work.together, step);
   const Word<Op>* tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
   for (int64_t first = work.share.begin; first < work.share.end; first += work.group) {
     const int64_t last = first + work.group < work.share.end ? first + work.group : work.share.end;
     for (int64_t p = first; p < last; ++p) {
-      Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), units_of<S>(p, a.H),
+      Gates<Op>::multiply(active, schedule.rows(), a.P, tiles, weights.hidden(p), units_of<S>(p, a.H),
                           work.products + (p - first) * size, false);
     }
     for (int64_t p = first; p < last; ++p) {
-      finish(work, p, t, work.input_row(p, input_row, a.B), work.products + (p - first) * size, hidden[(step + 1) % 2]);
+      finish(work, p, t, work.input_row(p, input_row, schedule.rows()), work.products + (p - first) * size,
+             hidden[(step + 1) % 2]);
     }
   }
 }
@@ -352,8 +355,8 @@ void Forward<Op>::run_normalized_step(const Work& work, int64_t step) const {
   const int64_t input_row = first_row(step / work.together * work.together, step);
   const Word<Op>* tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-    S* of_panel = work.row(p, 0, a.B);
-    Gates<Op>::multiply(active, a.B, a.P, tiles, weights.hidden(p), units_of<S>(p, a.H), of_panel, false);
+    S* of_panel = work.row(p, 0, schedule.rows());
+    Gates<Op>::multiply(active, schedule.rows(), a.P, tiles, weights.hidden(p), units_of<S>(p, a.H), of_panel, false);
     for (int64_t i = 0; i < active; ++i) {
       put_gate_moments(of_panel + i * kGatesWidth<S>, units_of<S>(p, a.H), hidden_moments.at(p, i));
     }
@@ -377,7 +380,7 @@ void Forward<Op>::normalize_row(const Work& work, int64_t t, int64_t i, int64_t 
   if (S* scales = scales_of(work, t, i)) scales[1] = moments.scale;
   T* saved = a.normalized == nullptr ? nullptr : a.normalized + (a.steps * a.B + token) * 4 * a.H;
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-    S *row = work.row(p, i, a.B), *inputs = work.input_row(p, input_row, a.B);
+    S *row = work.row(p, i, schedule.rows()), *inputs = work.input_row(p, input_row, schedule.rows());
     scale_gates<T>(row, moments, a.variant.norm_gates + 4 * a.H, p, a.H, inputs, saved, inputs);
     const Unit unit = activate(work, units(p), i, t, inputs, nullptr);
     store(row, unit.output_gate);
@@ -395,7 +398,7 @@ void Forward<Op>::finish_normalized(const Work& work, int64_t panel, int64_t t, 
   const Vec<S> gain = load_wide(of_panel, n), offset = load_wide(of_panel + a.H, n);
   Vec<S> outputs[kForwardRows];
   for (int64_t i = 0; i < schedule.active(t); ++i) {
-    const S* unit = work.row(panel, i, a.B);
+    const S* unit = work.row(panel, i, schedule.rows());
     const Vec<S> normalized = (load(unit + kUnits<S>) - work.moments[i].mean) * work.moments[i].scale;
     outputs[i % kForwardRows] = load(unit) * tanh(fma(normalized, gain, offset));
     emit(work, panel, t, i, outputs, after);
@@ -408,8 +411,9 @@ void Forward<Op>::project(const Work& work, int64_t t, Shared* after) const {
   const Share share = projected<S>(work.share, a.H, a.P);
   const int64_t active = schedule.active(t), words = words_of<Projection>(a.H);
   for (int64_t p = share.begin; p < share.end; ++p) {
-    multiply<Projection, kForwardRows, 1>(active, a.B, words, unprojected_tiles, packed_hr + p * words * kUnits<S>,
-                                          units_of<S>(p, a.P), work.projection, false);
+    multiply<Projection, kForwardRows, 1>(active, schedule.rows(), words, unprojected_tiles,
+                                          packed_hr + p * words * kUnits<S>, units_of<S>(p, a.P), work.projection,
+                                          false);
     for (int64_t first = 0; first < active; first += kForwardRows) {
       const int64_t count = active - first < kForwardRows ? active - first : kForwardRows;
       Vec<S> outputs[kForwardRows];

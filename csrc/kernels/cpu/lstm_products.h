@@ -43,7 +43,7 @@ class Tokens {
   }
 
   void gather(int64_t t, int64_t i) {
-    const int64_t row = schedule_.row(i), token = schedule_.first(t) + i, before = schedule_.time_before(t);
+    const int64_t row = schedule_.row(i), token = schedule_.token(t, i), before = schedule_.time_before(t);
     if (schedule_.ragged()) copy_or_zero(x_.data() + token * a_.I, a_.input + (t * a_.B + row) * a_.I, a_.I);
     if (!gathers_hidden()) return;
     const bool is_first = i >= schedule_.active(before);
@@ -124,7 +124,7 @@ void Recomputation<Op>::run(const Tokens<T>& tokens, const Parallel& parallel) c
     parallel(to - from, (1 << 15) / (a.B * width + 1) + 1, [&](int64_t first, int64_t last) {
       for (int64_t t = from + first; t < from + last; ++t) {
         for (int64_t i = 0; i < schedule.active(t); ++i) {
-          const int64_t token = schedule.first(t) + i, row = (token - begin) * width;
+          const int64_t token = schedule.token(t, i), row = (token - begin) * width;
           if (norm()) normalize_sums(token, inputs + row, hidden + row);
           activate(token, inputs + row);
           if (norm()) measure_cell(t, i);
@@ -174,7 +174,7 @@ void Recomputation<Op>::activate(int64_t token, const S* sums) const {
 
 template <class Op>
 void Recomputation<Op>::measure_cell(int64_t t, int64_t i) const {
-  const int64_t row = schedule.row(i), token = schedule.first(t) + i, before = schedule.time_before(t), H = a.H;
+  const int64_t row = schedule.row(i), token = schedule.token(t, i), before = schedule.time_before(t), H = a.H;
   const bool reset = resets(a.variant, t, row, a.B), is_first = i >= schedule.active(before);
   const T* gate = gates + token * 4 * H;
   S* cell = scratch<S>(Slot::kPackedA, H);
@@ -203,7 +203,7 @@ void gain_gradients(const LstmBackward<T>& a, const Schedule& schedule, const Ba
       for (int64_t t = 0; t < schedule.steps(); ++t) {
         Vec<S> step[2] = {};
         for (int64_t i = 0; i < schedule.active(t); ++i) {
-          const Vec<S> da = load_wide(state.grad_gates + (schedule.first(t) + i) * width + j, n);
+          const Vec<S> da = load_wide(state.grad_gates + schedule.token(t, i) * width + j, n);
           const int64_t saved = state.saved_row(schedule, a.B, t, i);
           for (int k = 0; k < 2; ++k) step[k] += da * load_wide(state.normalized + (k * rows + saved) * width + j, n);
         }
@@ -224,7 +224,7 @@ void normalized_input_gradients(const LstmBackward<T>& a, const Schedule& schedu
   using S = Widened<T>;
   const int64_t width = 4 * a.H;
   for_tokens(schedule, a.B * width, parallel, [&](int64_t t, int64_t i) {
-    T* da = state.grad_gates + (schedule.first(t) + i) * width;
+    T* da = state.grad_gates + schedule.token(t, i) * width;
     const int64_t saved = state.saved_row(schedule, a.B, t, i);
     const T* x = state.normalized + saved * width;
     Vec<S> total = {}, products = {};
@@ -248,7 +248,7 @@ void spread(const Schedule& schedule, const T* tokens, int64_t B, int64_t I, T* 
   copy_or_zero<T>(steps, nullptr, schedule.steps() * B * I);
   for (int64_t t = 0; t < schedule.steps(); ++t) {
     for (int64_t i = 0; i < schedule.active(t); ++i) {
-      copy_or_zero(steps + (t * B + schedule.row(i)) * I, tokens + (schedule.first(t) + i) * I, I);
+      copy_or_zero(steps + (t * B + schedule.row(i)) * I, tokens + schedule.token(t, i) * I, I);
     }
   }
 }

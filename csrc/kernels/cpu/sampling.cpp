@@ -21,7 +21,7 @@ void sample_shared(const Sample<T>& a, const Parallel& parallel) {
   const Workspace workspace(a.V);
   for (int64_t b = 0; b < a.B; ++b) {
     RowSampler<T> row(a, b, workspace);
-    run_team(parallel, (a.V + kBlock - 1) / kBlock, true, [&row](const Share& share) { row.run(share); });
+    run_team(parallel, (a.V + kBlock - 1) / kBlock, [&row](const Share& share) { row.run(share); });
   }
 }
 

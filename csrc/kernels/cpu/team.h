@@ -62,7 +62,7 @@ struct Share {
 // Divides `parts` among the threads: f(Share) on each of them, side by side; on one thread if `parts` are few or the
 // pool does not run its calls at once.
 template <class F>
-void run_team(const Parallel& parallel, int64_t parts, bool worth_it, const F& f) {
+void run_team(const Parallel& parallel, int64_t parts, const F& f) {
   struct RollCall {
     std::atomic<int64_t> come{0};  // threads that have come; kAlone: somebody does everything
     std::atomic<int> calls{0};
@@ -71,7 +71,7 @@ void run_team(const Parallel& parallel, int64_t parts, bool worth_it, const F& f
   constexpr int64_t kAlone = -1;
   constexpr std::chrono::milliseconds kPatience(5);
   const int64_t threads = parallel.threads() < parts ? parallel.threads() : parts;
-  if (!worth_it || threads <= 1) return f(Share{0, parts, roll.barrier});
+  if (threads <= 1) return f(Share{0, parts, roll.barrier});
   parallel(threads, 1, [&](int64_t first, int64_t last) {
     roll.calls.fetch_add(1);
     int64_t come = roll.come.load();
