@@ -22,8 +22,8 @@ def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, *_):  # type: ig
     if not ctx.saved:
         raise RuntimeError("llmkern.lstm: expected save_cells=True for a backward pass, got False")
     saved = ctx.saved_tensors  # once: a checkpoint computes them for a single look
-    grad_input, grad_h_0, grad_c_0, _, grad_ih, grad_hh, grad_bias, *grad_variant = (
-        _layer_backward()(grad_output, grad_h_n, grad_c_n, grad_cells, *saved, *ctx.options, True)
+    grad_input, grad_h_0, grad_c_0, _, grad_ih, grad_hh, grad_bias, *grad_variant = _run_backward(
+        grad_output, grad_h_n, grad_c_n, grad_cells, *saved, *ctx.options, True
     )
     bias, variant = saved[5], saved[7:10]
     return (
@@ -134,6 +134,21 @@ torch.library.register_autograd(
 )
 
 
+class RecordedLayer(torch.autograd.Function):
+    """llmkern::lstm under autograd alone. What is registered would do the same, 0.1 ms later: at every call it looks
+    for default values among the arguments.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):  # type: ignore[no-untyped-def]
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.llmkern.lstm.default(*args)
+        _save_for_backward(ctx, args, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
 class Layer(torch.autograd.Function):
     """llmkern::lstm under the transforms of torch.func, which no gradient registered with torch.library serves."""
 
@@ -164,14 +179,10 @@ class LayerBackward(torch.autograd.Function):
         return _lstm_vmap.backward(LayerBackward.apply, info, in_dims, *args)
 
 
-def operator() -> Any:
-    """What runs a layer: the operator, or its stand-in under torch.func. Either takes every argument by position."""
+def _run_backward(*args: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
-        return Layer.apply
-    return torch.ops.llmkern.lstm.default
-
-
-def _layer_backward() -> Any:
-    if torch._C._are_functorch_transforms_active():
-        return LayerBackward.apply
-    return torch.ops.llmkern.lstm_backward.default
+        return LayerBackward.apply(*args)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.ops.llmkern.lstm_backward.default(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.llmkern.lstm_backward.default(*args)

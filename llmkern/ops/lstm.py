@@ -191,14 +191,15 @@ def _saves(op: str, tensors: Sequence[Tensor | None], packed: Tensor | None) -> 
 
 
 def _run(*arguments: Any) -> tuple[Tensor, ...]:
-    """The operator. Where nothing is recorded it is called below autograd, which would do the same, 6 us later."""
-    operator = _lstm_autograd.operator()
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return operator(*arguments)  # type: ignore[no-any-return]
-    if operator is not torch.ops.llmkern.lstm.default:
-        return operator(*arguments)  # type: ignore[no-any-return]
+    """The operator, by the shortest way that records what has to be recorded."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return torch.ops.llmkern.lstm.default(*arguments)  # type: ignore[no-any-return]
+    if torch._C._are_functorch_transforms_active():
+        return _lstm_autograd.Layer.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+    if torch.is_grad_enabled():
+        return _lstm_autograd.RecordedLayer.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)  # type: ignore[no-any-return]
+        return torch.ops.llmkern.lstm.default(*arguments)  # type: ignore[no-any-return]
 
 
 def explained(
