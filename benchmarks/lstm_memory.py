@@ -60,7 +60,7 @@ def saved_sizes(forward: Forward, x: Tensor, others: Sequence[Tensor]) -> list[i
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own graph kept would not be freed with it
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = forward(x)
