@@ -8,11 +8,13 @@ Three ways to run the same layer: llmkern, llmkern with ``recompute`` (the gates
 each, after some steps of warming up:
 
 saved        bytes of what autograd keeps, without parameters, input and state; oneDNN's workspace is counted
-largest      the largest allocation that torch's allocator serves in a step
+largest      the largest allocation in a step: by torch's allocator or, all taken together, by llmkern's cache of large
+             blocks (memory that the cache has already is none)
+kept         bytes of that cache that are idle between steps
 fresh        bytes of pages that the system maps in a step, for whatever purpose: buffers that are kept cost none
 
-The status is 1 where llmkern asks for more than 32 MB for something that it does not save: such memory is mapped anew
-every time, which takes longer than the arithmetic in it.
+The status is 1 where llmkern asks for more than 32 MB at once: such memory is mapped anew every time, which takes
+longer than the arithmetic in it. torch 2.10 cannot use memory of the cache; there large gates are such a request.
 """
 
 import argparse
@@ -58,7 +60,7 @@ def saved_sizes(forward: Forward, x: Tensor, others: Sequence[Tensor]) -> list[i
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own graph kept would not be freed with it
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = forward(x)
@@ -66,11 +68,18 @@ def saved_sizes(forward: Forward, x: Tensor, others: Sequence[Tensor]) -> list[i
     return list(sizes.values())
 
 
+def mapped_bytes() -> int:
+    """What llmkern's cache of blocks, which torch's profiler does not see, has ever asked of the system."""
+    return int(torch.ops.llmkern.memory_stats()[2])
+
+
 def largest_allocation(step: Callable[[], Any]) -> int:
+    before = mapped_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     events = recorded.profiler.kineto_results.events()
-    return max(event.nbytes() for event in events if event.name() == "[memory]")
+    served = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(*served, mapped_bytes() - before)
 
 
 def fresh_bytes(step: Callable[[], Any]) -> int:
@@ -88,6 +97,7 @@ def measure(T: int, B: int, H: int) -> dict[str, Any]:
     wanted = [x, *layer.parameters()]
     found = {}
     for name, forward in contenders(layer, state).items():
+        ops.empty_cache()
 
         def step(forward: Forward = forward) -> Any:
             return torch.autograd.grad(forward(x), wanted, grad)
@@ -98,28 +108,27 @@ def measure(T: int, B: int, H: int) -> dict[str, Any]:
         found[name] = {
             "saved_bytes": sum(saved),
             "saved_per_output": round(sum(saved) / (grad.numel() * grad.element_size()), 2),
-            "largest_saved_bytes": max(saved),
             "largest_allocation_bytes": largest_allocation(step),
+            "kept_bytes": int(torch.ops.llmkern.memory_stats()[1]),
             "fresh_bytes": fresh_bytes(step),
         }
     return {"case": f"memory-H{H}-B{B}-T{T}", "contenders": found}
 
 
 def is_within_limit(contender: dict[str, int]) -> bool:
-    allowed = max(LIMIT, contender["largest_saved_bytes"])
-    return contender["largest_allocation_bytes"] <= allowed
+    return contender["largest_allocation_bytes"] <= LIMIT
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| case | | saved MB | of output | largest MB | fresh MB |",
-        "|---|---|--:|--:|--:|--:|",
+        "| case | | saved MB | of output | largest MB | kept MB | fresh MB |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for result in results:
         for name, c in result["contenders"].items():
-            keys = ("saved_bytes", "largest_allocation_bytes", "fresh_bytes")
-            saved, largest, fresh = (f"{c[key] / 1e6:.1f}" for key in keys)
-            row = (result["case"], name, saved, f"{c['saved_per_output']:.1f}x", largest, fresh)
+            keys = ("saved_bytes", "largest_allocation_bytes", "kept_bytes", "fresh_bytes")
+            saved, *others = (f"{c[key] / 1e6:.1f}" for key in keys)
+            row = (result["case"], name, saved, f"{c['saved_per_output']:.1f}x", *others)
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ def test_every_operator_agrees_with_its_reference():
     assert all(result.ok for result in results), [r for r in results if not r.ok]
     assert {r.isa for r in results} == set(ISAS[: ISAS.index(DETECTED) + 1])
     others = {"BeamCandidates", "SampleOutput", "Verified"}  # results
-    others |= {"lstm_cell", "lstm_pack", "raise_deferred_errors"}
+    others |= {"lstm_cell", "lstm_pack", "raise_deferred_errors", "empty_cache"}
     assert {r.op for r in results} >= set(ops.__all__) - others
 
 

@@ -74,7 +74,7 @@ Three linear_cross_entropy_cpu(const Tensor& input_any, const Tensor& weight_any
   const OptionalTensor bias = row_major(bias_any), class_weight = row_major(class_weight_any);
   const int64_t chunk_rows = kCpuChunks.rows(n.N, n.V, input.element_size());
   const bool none = static_cast<Reduction>(reduction) == Reduction::kNone;
-  Tensor workspace = empty(input, {chunk_rows, n.V}), total_weight = empty(input, {});
+  Tensor workspace = empty_recycled(input, {chunk_rows, n.V}), total_weight = empty(input, {});
   Tensor lse = empty(input, {n.N}, ScalarType::Double);
   Tensor loss = none ? empty(input, {n.N}) : empty(input, {});
   for_float_dtype(kName, "input", input, [&](auto value) {
@@ -103,8 +103,8 @@ Three linear_cross_entropy_backward_cpu(const Tensor& grad_loss_any, const Tenso
   check_targets(target, n.V, ignore_index);
   const OptionalTensor bias = row_major(bias_any), class_weight = row_major(class_weight_any);
   const int64_t chunk_rows = kCpuChunks.rows(n.N, n.V, input.element_size());
-  Tensor workspace = empty(input, {chunk_rows, n.V}), grad_input = empty(input, {n.N, n.D});
-  Tensor grad_weight = empty(input, {n.V, n.D}), grad_bias = empty(input, {bias ? n.V : 0});
+  Tensor workspace = empty_recycled(input, {chunk_rows, n.V}), grad_input = empty_recycled(input, {n.N, n.D});
+  Tensor grad_weight = empty_recycled(input, {n.V, n.D}), grad_bias = empty(input, {bias ? n.V : 0});
   for_float_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cpu::run(

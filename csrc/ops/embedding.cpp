@@ -77,7 +77,7 @@ Tensor embedding_backward_cpu(const Tensor& grad_any, const Tensor& ids_any, int
   check_gradient(grad_any, ids_any);
   const Tensor grad = row_major(grad_any), ids = row_major(ids_any);
   const int64_t N = ids.numel(), D = grad.size(grad.dim() - 1);
-  Tensor grad_weight = empty(grad, {V, D});
+  Tensor grad_weight = empty_recycled(grad, {V, D});
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
     check_ids<Index>(ids, V);

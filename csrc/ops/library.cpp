@@ -5,7 +5,9 @@
 #include <Python.h>
 
 #include <sstream>
+#include <tuple>
 
+#include "ops/block_cache.h"
 #include "ops/cuda.h"
 #include "ops/tensors.h"
 
@@ -40,6 +42,13 @@ void select_cpu_isa(std::string name) {
        "' on this machine, got '", name, "'");
 }
 
+void empty_cache() { block_cache().free_idle(); }
+
+std::tuple<int64_t, int64_t, int64_t> memory_stats() {
+  const BlockCache::Stats stats = block_cache().stats();
+  return {stats.held_bytes, stats.idle_bytes, stats.mapped_bytes};
+}
+
 void raise_deferred_errors(int64_t device_index) {
 #ifdef LLMKERN_WITH_CUDA
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device_index));
@@ -56,6 +65,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_detected() -> str");
   m.def("select_cpu_isa(str name) -> ()");
+  m.def("empty_cache() -> ()");
+  m.def("memory_stats() -> (int held_bytes, int idle_bytes, int mapped_bytes)");
   m.def("raise_deferred_errors(int device_index) -> ()");
 }
 
@@ -64,6 +75,8 @@ STABLE_TORCH_LIBRARY_IMPL(llmkern, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isa_detected", TORCH_BOX(&cpu_isa_detected));
   m.impl("select_cpu_isa", TORCH_BOX(&select_cpu_isa));
+  m.impl("empty_cache", TORCH_BOX(&empty_cache));
+  m.impl("memory_stats", TORCH_BOX(&memory_stats));
   m.impl("raise_deferred_errors", TORCH_BOX(&raise_deferred_errors));
 }
 

@@ -147,7 +147,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_weight_gradients_cpu(Steps grad_gates, S
   const ScalarType dtype = grad_gates[0].scalar_type();
   std::vector<int64_t> rows;
   for (const Tensor& step : grad_gates) rows.push_back(step.dim() == 2 ? step.size(0) : -1);
-  const Tensor grad_weight_ih = empty(input[0], {4 * H, I}), grad_weight_hh = empty(input[0], {4 * H, P});
+  const Tensor grad_weight_ih = empty_recycled(input[0], {4 * H, I}),
+               grad_weight_hh = empty_recycled(input[0], {4 * H, P});
   const Tensor grad_bias = empty(input[0], {4 * H});
   for_storage_dtype(kName, "grad_gates", grad_gates[0], [&](auto value) {
     using T = decltype(value);
@@ -176,6 +177,11 @@ Tensor empty_if(bool wanted, const Tensor& like, std::initializer_list<int64_t> 
   return wanted ? empty(like, shape, dtype) : empty(like, {0}, dtype);
 }
 
+Tensor empty_recycled_if(bool wanted, const Tensor& like, std::initializer_list<int64_t> shape,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  return wanted ? empty_recycled(like, shape, dtype) : empty(like, {0}, dtype);
+}
+
 template <class T>
 T* data_if(bool wanted, const Tensor& tensor) {
   return wanted ? mutable_data<T>(tensor) : nullptr;
@@ -201,11 +207,13 @@ Forward lstm_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c
   const Tensor& input = layer.input;
   const ScalarType wide = widened(input.scalar_type());
   const bool norm = save_gates && layer.norm_gates;
-  const Tensor output = empty(input, {n.T, n.B, n.P}), h_n = empty(input, {n.B, n.P}), c_n = empty(input, {n.B, n.H});
-  const Tensor cells = empty_if(save_cells, input, {n.T, n.B, n.H}, wide);
-  const Tensor gates = empty_if(save_gates, input, {n.T, n.B, 4 * n.H});
-  const Tensor normalized = empty_if(norm, input, {2, n.T, n.B, 4 * n.H});
-  const Tensor scales = empty_if(norm, input, {n.T, n.B, 4}, wide);
+  // Nobody resizes the output of a recorded pass: torch refuses that to what needs a gradient.
+  const Tensor output = save_cells ? empty_recycled(input, {n.T, n.B, n.P}) : empty(input, {n.T, n.B, n.P});
+  const Tensor h_n = empty(input, {n.B, n.P}), c_n = empty(input, {n.B, n.H});
+  const Tensor cells = empty_recycled_if(save_cells, input, {n.T, n.B, n.H}, wide);
+  const Tensor gates = empty_recycled_if(save_gates, input, {n.T, n.B, 4 * n.H});
+  const Tensor normalized = empty_recycled_if(norm, input, {2, n.T, n.B, 4 * n.H});
+  const Tensor scales = empty_recycled_if(norm, input, {n.T, n.B, 4}, wide);
   for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cpu::run(LstmForward<T>{data<T>(input),
@@ -264,12 +272,13 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const Saved saved = saved_any.contiguous();
   check_values(layer.lengths, n.T);
   const Tensor& input = layer.input;
-  const Tensor grad_input = empty(input, {n.T, n.B, n.I}), grad_h_0 = empty(input, {n.B, n.P});
-  const Tensor grad_c_0 = empty(input, {n.B, n.H}), grad_gates = empty_if(!weights, input, {n.T, n.B, 4 * n.H});
-  const Tensor grad_weight_ih = empty_if(weights, input, {4 * n.H, n.I});
-  const Tensor grad_weight_hh = empty_if(weights, input, {4 * n.H, n.P});
+  const Tensor grad_input = empty_recycled(input, {n.T, n.B, n.I}), grad_h_0 = empty(input, {n.B, n.P});
+  const Tensor grad_c_0 = empty(input, {n.B, n.H}),
+               grad_gates = empty_recycled_if(!weights, input, {n.T, n.B, 4 * n.H});
+  const Tensor grad_weight_ih = empty_recycled_if(weights, input, {4 * n.H, n.I});
+  const Tensor grad_weight_hh = empty_recycled_if(weights, input, {4 * n.H, n.P});
   const Tensor grad_bias = empty_if(weights, input, {4 * n.H});
-  const Tensor grad_weight_hr = empty_if(weights && projection, input, {n.P, n.H});
+  const Tensor grad_weight_hr = empty_recycled_if(weights && projection, input, {n.P, n.H});
   const Tensor grad_norm_gates = empty_if(weights && norm, input, {2, 4 * n.H});
   const Tensor grad_norm_cell = empty_if(weights && norm, input, {2, n.H});
   for_storage_dtype(kName, "input", input, [&](auto value) {

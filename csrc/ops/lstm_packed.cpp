@@ -12,19 +12,6 @@ namespace llmkern::ops {
 
 namespace {
 
-int64_t bytes_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return 8;
-    case ScalarType::Float:
-      return 4;
-    case ScalarType::Char:
-      return 1;
-    default:
-      return 2;
-  }
-}
-
 struct Layout {
   LstmPackHeader header;
   int64_t bytes;
@@ -67,7 +54,7 @@ Tensor packed_for(LstmPacking packing, const Tensor& weight_ih_any, const Tensor
   for_storage_dtype(kLstm, "weight_hh", weight_hh, [&](auto value) {
     using T = decltype(value);
     const ScalarType kept = quantised ? ScalarType::Char : dtype;
-    packed = empty(weight_hh, {layout_of(dtype, packing, I, H, P).bytes / bytes_of(kept)}, kept);
+    packed = empty_recycled(weight_hh, {layout_of(dtype, packing, I, H, P).bytes / element_bytes(kept)}, kept);
     cpu::run(LstmPack<T>{data<T>(weight_ih), data<T>(weight_hh), packing, packed.mutable_data_ptr(), I, H, P},
              torch_parallel());
   });
@@ -84,7 +71,7 @@ Tensor lstm_pack_backward_cpu(const Tensor& weight_ih, const Tensor& weight_hh) 
 
 LstmPackHeader header_in(const Tensor& packed) {
   LstmPackHeader header = {};
-  const int64_t bytes = packed.numel() * bytes_of(packed.scalar_type());
+  const int64_t bytes = packed.numel() * element_bytes(packed.scalar_type());
   if (bytes >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, packed.const_data_ptr(), sizeof header);
   return header;
 }
@@ -102,14 +89,15 @@ class PackedLayers {
     if (!is_quantised()) check_dtype(kLstm, "packed", packed, dtype);
     if (!packed.is_contiguous()) fail(kLstm, "expected contiguous packed weights, got shape ", shape_text(packed));
     at_ = static_cast<const char*>(packed.const_data_ptr());
-    left_ = packed.numel() * bytes_of(packed.scalar_type());
+    left_ = packed.numel() * element_bytes(packed.scalar_type());
   }
 
   bool is_quantised() const { return packing_ == LstmPacking::kQuantised; }
 
   Layer next(int64_t I, int64_t H) {
     const Layout layout = layout_of(dtype_, packing_, I, H, H);
-    const int64_t bias = 4 * H * bytes_of(dtype_), size = layout.bytes + (has_bias_ ? (2 * bias + 63) / 64 * 64 : 0);
+    const int64_t bias = 4 * H * element_bytes(dtype_),
+                  size = layout.bytes + (has_bias_ ? (2 * bias + 63) / 64 * 64 : 0);
     if (left_ < size || std::memcmp(at_, &layout.header, sizeof layout.header) != 0) {
       fail(kLstm, "expected packed to hold layers with I, H = ", I, ", ", H, " for the instruction set in use");
     }
@@ -193,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_layers_cpu(const Tensor& input_any, cons
                                   : empty(input, {first, H});
   const Tensor h_n = empty_states(input, layers, n.B, H), c_n = empty_states(input, layers, n.B, H);
   std::optional<Tensor> between[2];
-  for (int64_t l = 0; n.T > 1 && l < layers - 1 && l < 2; ++l) between[l] = empty(input, {n.T, n.B, H});
+  for (int64_t l = 0; n.T > 1 && l < layers - 1 && l < 2; ++l) between[l] = empty_recycled(input, {n.T, n.B, H});
   for_storage_dtype(kLstm, "input", input, [&](auto value) {
     using T = decltype(value);
     const auto memory = [](const OptionalTensor& tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
@@ -222,7 +210,7 @@ const void* packed_weights(const OptionalTensor& packed, LstmPacking packing, co
          ", got another tensor of shape ", shape_text(*packed));
   }
   const Layout layout = layout_of(dtype, packing, n.I, n.H, n.P);
-  const bool same = packed->numel() * bytes_of(packed->scalar_type()) == layout.bytes && packed->is_contiguous();
+  const bool same = packed->numel() * element_bytes(packed->scalar_type()) == layout.bytes && packed->is_contiguous();
   return same && std::memcmp(&header, &layout.header, sizeof header) == 0 ? packed->const_data_ptr() : nullptr;
 }
 

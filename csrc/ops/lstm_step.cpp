@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step_cpu(const Tensor& input_any, const 
   Tensor saved;
   for_storage_dtype(kLstm, "input", input, [&](auto value) {
     using T = decltype(value);
-    saved = empty(input, {SavedStep<T>::bytes(n.B, n.H)}, ScalarType::Byte);
+    saved = empty_recycled(input, {SavedStep<T>::bytes(n.B, n.H)}, ScalarType::Byte);
     const SavedStep<T> step(saved, n.B, n.H);
     LstmForward<T> a = {};
     a.input = data<T>(input);
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_step_backward_cpu(const Optional
   const OptionalTensor packed = row_major(packed_any);
   const void* panels = packed_weights(packed, LstmPacking::kBackward, n, dtype);
   const Tensor grad_input = empty(c_0, {n.B, n.I}), grad_h_0 = empty(c_0, {n.B, n.H});
-  const Tensor grad_c_0 = empty(c_0, {n.B, n.H}), grad_gates = empty(c_0, {n.B, 4 * n.H});
+  const Tensor grad_c_0 = empty(c_0, {n.B, n.H}), grad_gates = empty_recycled(c_0, {n.B, 4 * n.H});
   for_storage_dtype(kLstm, "c_0", c_0, [&](auto value) {
     using T = decltype(value);
     check_parameter("saved", saved, ScalarType::Byte, {SavedStep<T>::bytes(n.B, n.H)});

@@ -103,6 +103,29 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
   return fresh;
 }
 
+// As `empty`, for gradients, for what a recorded forward pass makes and for what is between kernels: none of it gets
+// resized, which torch would refuse. Large ones lie in memory that was used before (block_cache.h) and costs no page
+// faults.
+Tensor empty_recycled(const Tensor& like, std::initializer_list<int64_t> shape,
+                      std::optional<ScalarType> dtype = std::nullopt);
+
+// Bytes of an element of these dtypes, which are all that bindings allocate.
+inline int64_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
 // The dtype of Widened<T>.
 inline ScalarType widened(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 

@@ -2,6 +2,7 @@
 """Functional operators, one file a family: validation, shapes for the compiler, gradients. The math is native."""
 
 from llmkern.ops._deferred import raise_deferred_errors
+from llmkern.ops._memory import empty_cache
 from llmkern.ops.cross_entropy import linear_cross_entropy
 from llmkern.ops.decoding import (
     BeamCandidates,
@@ -22,6 +23,7 @@ __all__ = [
     "beam_search_step",
     "dropout",
     "embedding",
+    "empty_cache",
     "filter_logits",
     "linear_cross_entropy",
     "lstm",
