@@ -239,8 +239,8 @@ constexpr int kPowerBits = 0;  // no shuffle
 #endif
 constexpr int kPowers = 1 << kPowerBits;
 
-// (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / kPowers / 2, coefficients from the last to the first. The error of exp(r) - 1
-// is at most 2e-8 of itself, which near 0 tanh is; that of the shorter one for exp is 2e-9 of exp(r).
+// (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / kPowers / 2, coefficients from the last to the first. The error of exp(r) -
+// 1 is at most 2e-8 of itself, which near 0 tanh is; that of the shorter one for exp is 2e-9 of exp(r).
 #if defined(__AVX2__)
 constexpr float kGrowth[] = {0x1.555d12p-5f, 0x1.555c22p-3f, 0.5f};
 #else
@@ -249,17 +249,17 @@ constexpr float kGrowth[] = {0x1.6d995cp-10f, 0x1.122838p-7f, 0x1.555486p-5f, 0x
 #if defined(__AVX512F__)
 constexpr float kExpGrowth[] = {0x1.555762p-3f, 0x1.00022p-1f};
 #else
-constexpr auto& kExpGrowth = kGrowth;
+static constexpr auto& kExpGrowth = kGrowth;
 #endif
 
 // 2^(j / 16) rounded to float: its bits, and the logarithm of the float less j / 16 ln 2.
 constexpr int32_t kSixteenthPowers[] = {0x3f800000, 0x3f85aac3, 0x3f8b95c2, 0x3f91c3d3, 0x3f9837f0, 0x3f9ef532,
                                         0x3fa5fed7, 0x3fad583f, 0x3fb504f3, 0x3fbd08a4, 0x3fc5672a, 0x3fce248c,
                                         0x3fd744fd, 0x3fe0ccdf, 0x3feac0c7, 0x3ff5257d};
-constexpr float kSixteenthErrors[] = {0.0f,          -4.62854697e-8f, 1.19921572e-8f,  -4.72978225e-8f,
-                                      -3.19341804e-8f, -3.62105725e-8f, 3.09907212e-8f,  7.47521319e-9f,
-                                      -1.71142712e-8f, 3.04768347e-8f,  -5.23333424e-9f, -6.10759160e-9f,
-                                      1.47196056e-8f,  5.25879514e-9f,  6.12825984e-9f,  -5.14060920e-9f};
+constexpr float kSixteenthErrors[] = {
+    0.0f,           -4.62854697e-8f, 1.19921572e-8f,  -4.72978225e-8f, -3.19341804e-8f, -3.62105725e-8f,
+    3.09907212e-8f, 7.47521319e-9f,  -1.71142712e-8f, 3.04768347e-8f,  -5.23333424e-9f, -6.10759160e-9f,
+    1.47196056e-8f, 5.25879514e-9f,  6.12825984e-9f,  -5.14060920e-9f};
 
 // (exp(k r) - 1) / |k|.
 template <int k, int terms>
@@ -341,7 +341,8 @@ inline FloatVec tanh(FloatVec x) {
     for (int i = 0; i < kLanes<float>; ++i) errors[i] = kSixteenthErrors[i % kPowers * 16 / kPowers] / 2;
     rest -= __builtin_shuffle(errors, p.index);
   }
-  const FloatVec half = fma(p.scale, broadcast(0.5f), broadcast(-0.5f)), a = fma(p.scale, growth<2>(rest, kGrowth), half);
+  const FloatVec half = fma(p.scale, broadcast(0.5f), broadcast(-0.5f)),
+                 a = fma(p.scale, growth<2>(rest, kGrowth), half);
   return (FloatVec)((IntVec)(a / (a + 1)) | sign);
 }
 
