@@ -207,22 +207,31 @@ inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// The lanes are added in a fixed tree, so the sum is the same on every run.
-template <class T>
-inline T sum(Vec<T> v) {
-  T lanes[kLanes<T>];
-  memcpy(lanes, &v, sizeof lanes);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+// Every lane takes the place of the one that is so many before it. A template, so that the shuffle is a constant.
+template <class T, int places>
+inline Vec<T> rotated(Vec<T> v) {
+  typename IndexOf<T>::type from;
+  for (int i = 0; i < kLanes<T>; ++i) from[i] = (i + places) % kLanes<T>;
+  return __builtin_shuffle(v, from);
 }
 
-template <class T>
+// The lanes are added in a fixed tree, so the sum is the same on every run.
+template <class T, int width = kLanes<T> / 2>
+inline T sum(Vec<T> v) {
+  if constexpr (width == 0) {
+    return v[0];
+  } else {
+    return sum<T, width / 2>(v + rotated<T, width>(v));
+  }
+}
+
+template <class T, int width = kLanes<T> / 2>
 inline T maximum(Vec<T> v) {
-  T best = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  if constexpr (width == 0) {
+    return v[0];
+  } else {
+    return maximum<T, width / 2>(max(v, rotated<T, width>(v)));
+  }
 }
 
 // ---- exp, sigmoid and tanh
