@@ -110,7 +110,7 @@ struct Backward {
   void unproject(const Work& work, int64_t t) const;
   void finish(const Work& work, int64_t panel, int64_t t, Word<Op>* after) const;
   void run_normalized_step(const Work& work, int64_t t, Word<Op>* after) const;
-  void normalized_cell(const Work& work, int64_t panel, const Token& at, double* gains) const;
+  void normalized_cell(const Work& work, int64_t panel, const Token& at, Vec<S> (&gains)[2]) const;
   Vec<S> previous_cell(const Token& at, int64_t panel) const;
   Vec<S> new_cell(const Token& at, int64_t panel, Vec<S> before) const;
   Unit output_gradient(const Token& at, int64_t panel, Vec<S> hidden) const;
@@ -311,7 +311,8 @@ void Backward<Op>::finish(const Work& work, int64_t panel, int64_t t, Word<Op>* 
 
 // The gradient of the normalised cell takes the place of that of o * tanh(...); da of the output gate goes to its own.
 template <class Op>
-void Backward<Op>::normalized_cell(const Work& work, int64_t panel, const Token& at, double* gains) const {
+[[gnu::always_inline]] inline void Backward<Op>::normalized_cell(const Work& work, int64_t panel, const Token& at,
+                                                                 Vec<S> (&gains)[2]) const {
   const int64_t first = panel * kUnits<S>, n = units_of<S>(panel, a.H);
   const S* scales = state.scales + at.saved * 4;
   const Vec<S> o = gate(at, 3, panel), gain = load_wide(a.variant.norm_cell + first, n);
@@ -323,10 +324,8 @@ void Backward<Op>::normalized_cell(const Work& work, int64_t panel, const Token&
   store(work.hidden_row(panel, at.i, schedule.rows()), dx[0]);
   store(work.gates_row(panel, at.i, schedule.rows()) + 3 * kUnits<S>, hidden * tanh_y * o * (1 - o));
   put_products<S>(dx, x, n, cell_products.at(panel, at.i));
-  for (int64_t u = 0; u < n; ++u) {
-    gains[first + u] += static_cast<double>(dy[u] * x[0][u]);
-    gains[a.H + first + u] += static_cast<double>(dy[u]);
-  }
+  gains[0] += dy * x[0];
+  gains[1] += dy;
 }
 
 // With layer norm everybody waits for the sums of all panels twice: of the cells, and of the gates.
@@ -334,11 +333,15 @@ template <class Op>
 void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* after) const {
   const int64_t active = schedule.active(t);
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
+    Vec<S> gains[2] = {};
     for (int64_t i = 0; i < active; ++i) {
       fetch(p, t, i + kFetchAhead);
       const Token at = token(t, i);
       if (!projects()) store(work.hidden_row(p, i, schedule.rows()), hidden_gradient(work, at, p));
-      normalized_cell(work, p, at, norm_cell);
+      normalized_cell(work, p, at, gains);
+    }
+    for (int64_t u = 0; u < units_of<S>(p, a.H); ++u) {
+      for (int k = 0; k < 2; ++k) norm_cell[k * a.H + p * kUnits<S> + u] += static_cast<double>(gains[k][u]);
     }
   }
   work.share.barrier.wait();

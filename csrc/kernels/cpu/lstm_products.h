@@ -197,24 +197,35 @@ void gain_gradients(const LstmBackward<T>& a, const Schedule& schedule, const Ba
                     const Parallel& parallel) {
   using S = Widened<T>;
   const int64_t width = 4 * a.H, rows = state.by_token ? schedule.tokens() : a.steps * a.B;
-  parallel((width + kLanes<S> - 1) / kLanes<S>, (1 << 15) / (2 * rows + 1) + 1, [&](int64_t begin, int64_t end) {
-    for_lanes<S>(begin * kLanes<S>, end * kLanes<S> < width ? end * kLanes<S> : width, [&](int64_t j, int64_t n) {
-      double sums[2][kLanes<S>] = {};
-      for (int64_t t = 0; t < schedule.steps(); ++t) {
-        Vec<S> step[2] = {};
-        for (int64_t i = 0; i < schedule.active(t); ++i) {
-          const Vec<S> da = load_wide(state.grad_gates + schedule.token(t, i) * width + j, n);
-          const int64_t saved = state.saved_row(schedule, a.B, t, i);
-          for (int k = 0; k < 2; ++k) step[k] += da * load_wide(state.normalized + (k * rows + saved) * width + j, n);
-        }
-        for (int u = 0; u < kLanes<S>; ++u) sums[0][u] += step[0][u], sums[1][u] += step[1][u];
-      }
-      for (int64_t u = 0; u < n; ++u) {
-        a.grad_norm_gates[j + u] = narrow<T>(static_cast<S>(sums[0][u]));
-        a.grad_norm_gates[width + j + u] = narrow<T>(static_cast<S>(sums[1][u]));
-      }
-    });
-  });
+  // Rows are far apart in memory: of each, some lines that lie side by side.
+  constexpr int64_t kVectors = 4, kColumns = kVectors * kLanes<S>;
+  parallel((width + kColumns - 1) / kColumns, (1 << 15) / (2 * rows * kVectors + 1) + 1,
+           [&](int64_t begin, int64_t end) {
+             for (int64_t first = begin * kColumns; first < end * kColumns && first < width; first += kColumns) {
+               const int64_t last = first + kColumns < width ? first + kColumns : width;
+               double sums[2][kColumns] = {};
+               for (int64_t t = 0; t < schedule.steps(); ++t) {
+                 Vec<S> step[2][kVectors] = {};
+                 for (int64_t i = 0; i < schedule.active(t); ++i) {
+                   const T* da = state.grad_gates + schedule.token(t, i) * width;
+                   const T* x = state.normalized + state.saved_row(schedule, a.B, t, i) * width;
+                   for_lanes<S>(first, last, [&](int64_t j, int64_t n) {
+                     const Vec<S> d = load_wide(da + j, n);
+                     for (int k = 0; k < 2; ++k) {
+                       step[k][(j - first) / kLanes<S>] += d * load_wide(x + k * rows * width + j, n);
+                     }
+                   });
+                 }
+                 for (int k = 0; k < 2; ++k) {
+                   for (int64_t u = 0; u < kColumns; ++u) sums[k][u] += step[k][u / kLanes<S>][u % kLanes<S>];
+                 }
+               }
+               for (int64_t j = first; j < last; ++j) {
+                 for (int k = 0; k < 2; ++k)
+                   a.grad_norm_gates[k * width + j] = narrow<T>(static_cast<S>(sums[k][j - first]));
+               }
+             }
+           });
 }
 
 // da becomes the gradient of W_ih x, in place.

@@ -100,9 +100,9 @@ V mix(V z, V before, V after) {
 template <class S>
 Vec<S> only(Vec<S> v, int64_t n) {
   if (n == kLanes<S>) return v;
-  S lane[kLanes<S>] = {};
-  store(lane, v, n);
-  return load(lane);
+  typename IndexOf<S>::type lane;
+  for (int i = 0; i < kLanes<S>; ++i) lane[i] = i;
+  return lane < static_cast<decltype(+lane[0])>(n) ? v : Vec<S>{};
 }
 
 // Two numbers for each panel and row, written by the panel's worker and, after a barrier, read by all.
@@ -116,7 +116,7 @@ struct Pairs {
 
 // Mean and sum of squared deviations of the n units' elements, one vector of them after the other.
 template <class S, int count>
-void put_moments(const Vec<S> (&values)[count], int64_t n, S* pair) {
+[[gnu::always_inline]] inline void put_moments(const Vec<S> (&values)[count], int64_t n, S* pair) {
   Vec<S> total = {}, squares = {};
   for (const Vec<S>& v : values) total += only<S>(v, n);
   pair[0] = sum<S>(total) / static_cast<S>(count * n);
@@ -155,7 +155,8 @@ struct NormGradient {
 };
 
 template <class S, int count>
-void put_products(const Vec<S> (&d)[count], const Vec<S> (&x)[count], int64_t n, S* pair) {
+[[gnu::always_inline]] inline void put_products(const Vec<S> (&d)[count], const Vec<S> (&x)[count], int64_t n,
+                                                S* pair) {
   Vec<S> total = {}, products = {};
   for (int j = 0; j < count; ++j) {
     total += only<S>(d[j], n);
@@ -177,7 +178,7 @@ NormGradient<S> norm_gradient_of_row(const Pairs<S>& pairs, int64_t row, int64_t
 }
 
 template <class S>
-void put_gate_moments(const S* gates, int64_t n, S* pair) {
+[[gnu::always_inline]] inline void put_gate_moments(const S* gates, int64_t n, S* pair) {
   const Vec<S> values[4] = {load(gates), load(gates + kUnits<S>), load(gates + 2 * kUnits<S>),
                             load(gates + 3 * kUnits<S>)};
   put_moments<S>(values, n, pair);

@@ -207,42 +207,124 @@ inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// Every lane takes the place of the one that is so many before it. A template, so that the shuffle is a constant.
+template <class T, int places>
+inline Vec<T> rotated(Vec<T> v) {
+  typename IndexOf<T>::type from;
+  for (int i = 0; i < kLanes<T>; ++i) from[i] = (i + places) % kLanes<T>;
+  return __builtin_shuffle(v, from);
+}
+
 // The lanes are added in a fixed tree, so the sum is the same on every run.
-template <class T>
+template <class T, int width = kLanes<T> / 2>
 inline T sum(Vec<T> v) {
-  T lanes[kLanes<T>];
-  memcpy(lanes, &v, sizeof lanes);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  if constexpr (width == 0) {
+    return v[0];
+  } else {
+    return sum<T, width / 2>(v + rotated<T, width>(v));
   }
-  return lanes[0];
 }
 
-template <class T>
+template <class T, int width = kLanes<T> / 2>
 inline T maximum(Vec<T> v) {
-  T best = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  if constexpr (width == 0) {
+    return v[0];
+  } else {
+    return maximum<T, width / 2>(max(v, rotated<T, width>(v)));
+  }
 }
 
-// exp(x) to about one unit in the last place for |x| <= 87. exp(x) = 2^n exp(r), ln 2 split in two (Cody & Waite 1980),
-// exp(r) by its Taylor polynomial. A NaN stays one.
+// ---- exp, sigmoid and tanh
+//
+// exp(k x) = 2^n exp(k rest) with n = k x / ln 2 rounded to a multiple of 1 / kPowers, rest = x - n ln 2 / k. 2^n is an
+// exponent and one of kPowers numbers, which a shuffle finds; what is left is so small that a short polynomial does.
+
+#if defined(__AVX512F__)
+constexpr int kPowerBits = 4;
+#elif defined(__AVX2__)
+constexpr int kPowerBits = 3;
+#else
+constexpr int kPowerBits = 0;  // no shuffle
+#endif
+constexpr int kPowers = 1 << kPowerBits;
+
+// (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / kPowers / 2, coefficients from the last to the first. The error of exp(r) -
+// 1 is at most 2e-8 of itself, which near 0 tanh is; that of the shorter one for exp is 2e-9 of exp(r).
+#if defined(__AVX2__)
+constexpr float kGrowth[] = {0x1.555d12p-5f, 0x1.555c22p-3f, 0.5f};
+#else
+constexpr float kGrowth[] = {0x1.6d995cp-10f, 0x1.122838p-7f, 0x1.555486p-5f, 0x1.5554bp-3f, 0.5f};
+#endif
+#if defined(__AVX512F__)
+constexpr float kExpGrowth[] = {0x1.555762p-3f, 0x1.00022p-1f};
+#else
+static constexpr auto& kExpGrowth = kGrowth;
+#endif
+
+// 2^(j / 16) rounded to float: its bits, and the logarithm of the float less j / 16 ln 2.
+constexpr int32_t kSixteenthPowers[] = {0x3f800000, 0x3f85aac3, 0x3f8b95c2, 0x3f91c3d3, 0x3f9837f0, 0x3f9ef532,
+                                        0x3fa5fed7, 0x3fad583f, 0x3fb504f3, 0x3fbd08a4, 0x3fc5672a, 0x3fce248c,
+                                        0x3fd744fd, 0x3fe0ccdf, 0x3feac0c7, 0x3ff5257d};
+constexpr float kSixteenthErrors[] = {
+    0.0f,           -4.62854697e-8f, 1.19921572e-8f,  -4.72978225e-8f, -3.19341804e-8f, -3.62105725e-8f,
+    3.09907212e-8f, 7.47521319e-9f,  -1.71142712e-8f, 3.04768347e-8f,  -5.23333424e-9f, -6.10759160e-9f,
+    1.47196056e-8f, 5.25879514e-9f,  6.12825984e-9f,  -5.14060920e-9f};
+
+// (exp(k r) - 1) / |k|.
+template <int k, int terms>
+inline FloatVec growth(FloatVec r, const float (&coefficients)[terms]) {
+  constexpr float magnitude = k < 0 ? -k : k;
+  float factor = k * k / magnitude;
+  for (int i = 1; i < terms; ++i) factor *= k;
+  FloatVec p = broadcast(coefficients[0] * factor);
+  for (int i = 1; i < terms; ++i) p = fma(p, r, broadcast(coefficients[i] * (factor /= k)));
+  return fma(p * r, r, k < 0 ? -r : r);
+}
+
+// exp(k x) = scale * exp(k rest - error), error that of the table.
+struct Power {
+  FloatVec scale, rest;
+  IntVec index;  // into the table: the low bits
+};
+
+// For |k x| <= 87. ln 2 in two parts, after Cody & Waite 1980. Their first part has so few bits that its product with n
+// is exact; where that product is not rounded anyway, the first part is good enough alone unless x is far from 0.
+template <int k, bool kFar>
+inline Power power(FloatVec x) {
+#if defined(__FMA__)
+  constexpr bool kFused = true;
+  constexpr float kHigh = 0.693147182464599609f, kLow = -1.904654300e-9f;
+#else
+  constexpr bool kFused = false;
+  constexpr float kHigh = 0.693359375f, kLow = -2.12194440e-4f;
+#endif
+  constexpr int kShift = 23 - kPowerBits;
+  constexpr float kRound = 3 << (kShift - 1);  // adding it rounds, into the low bits
+  const FloatVec shifted = fma(x, broadcast(k * 1.44269504f), broadcast(kRound)), n = shifted - kRound;
+  Power p = {{}, fma(n, broadcast(-kHigh / k), x), (IntVec)shifted};
+  if constexpr (kFar || !kFused) p.rest = fma(n, broadcast(-kLow / k), p.rest);
+  IntVec powers;  // less what the bits of the index will add to them
+  for (int i = 0; i < kLanes<float>; ++i) {
+    const int j = i % kPowers;
+    powers[i] = kSixteenthPowers[j * 16 / kPowers] - j * (1 << kShift);
+  }
+  if constexpr (kPowers > 1) powers = __builtin_shuffle(powers, p.index);
+  p.scale = (FloatVec)(powers + (p.index << kShift));
+  return p;
+}
+
+// exp(k x) to about one unit in the last place for |x| <= 87. A NaN stays one.
+template <int k>
 inline FloatVec exp_of_bounded(FloatVec x) {
-  const FloatVec round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-  const FloatVec shifted = fma(x, broadcast(1.44269504f), round), n = shifted - round;
-  FloatVec r = fma(n, broadcast(-0.693359375f), x);
-  r = fma(n, broadcast(2.12194440e-4f), r);
-  FloatVec p = broadcast(1.0f / 5040.0f);
-  constexpr float kTaylor[] = {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f};
-  for (float coefficient : kTaylor) p = fma(p, r, broadcast(coefficient));
-  return p * (FloatVec)(((IntVec)shifted + 127) << 23);
+  const Power p = power<k, true>(x);
+  return fma(p.scale, growth<k>(p.rest, kExpGrowth), p.scale);
 }
 
 // Below -87, 0, so that a logit of -inf has no probability; above 87, the value there. max and min return their second
 // operand when one is NaN: it stays NaN.
 inline FloatVec exp(FloatVec x) {
   const FloatVec bounded = min(broadcast(87.0f), max(broadcast(-87.0f), x));
-  return x < -87.0f ? FloatVec{} : exp_of_bounded(bounded);
+  return x < -87.0f ? FloatVec{} : exp_of_bounded<1>(bounded);
 }
 
 // float64 exists for gradient checks and references: libm, lane by lane.
@@ -253,23 +335,24 @@ inline DoubleVec exp(DoubleVec x) {
 
 // What exp(-x) is beyond 87 and -87 does not matter to the sum.
 inline FloatVec sigmoid(FloatVec x) {
-  return 1 / (1 + exp_of_bounded(min(broadcast(87.0f), max(broadcast(-87.0f), -x))));
+  return 1 / (1 + exp_of_bounded<-1>(min(broadcast(87.0f), max(broadcast(-87.0f), x))));
 }
 
 inline DoubleVec sigmoid(DoubleVec x) { return 1 / (1 + exp(-x)); }
 
-// tanh(x): an odd polynomial below 0.625, where 1 - 2 / (exp(2x) + 1) would cancel (coefficients: Cephes, Moshier
-// 1992).
+// tanh(x) = a / (a + 1) for a = (exp(2x) - 1) / 2, whose `scale - 1` is exact where it is small. From 10 on it is 1.
 inline FloatVec tanh(FloatVec x) {
-  const FloatVec z = x * x;
-  FloatVec p = broadcast(-5.70498872745e-3f);
-  constexpr float kOdd[] = {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f};
-  for (float coefficient : kOdd) p = fma(p, z, broadcast(coefficient));
-  const FloatVec small = fma(p * z, x, x);
   const IntVec sign = (IntVec)x & INT32_MIN;
-  const FloatVec magnitude = (FloatVec)((IntVec)x ^ sign);
-  const FloatVec large = 1 - 2 / (exp_of_bounded(min(broadcast(87.0f), 2 * magnitude)) + 1);
-  return magnitude < 0.625f ? small : (FloatVec)((IntVec)large | sign);
+  const Power p = power<2, false>(min(broadcast(10.0f), (FloatVec)((IntVec)x ^ sign)));
+  FloatVec rest = p.rest;
+  if constexpr (kPowers > 1) {
+    FloatVec errors;
+    for (int i = 0; i < kLanes<float>; ++i) errors[i] = kSixteenthErrors[i % kPowers * 16 / kPowers] / 2;
+    rest -= __builtin_shuffle(errors, p.index);
+  }
+  const FloatVec half = fma(p.scale, broadcast(0.5f), broadcast(-0.5f)),
+                 a = fma(p.scale, growth<2>(rest, kGrowth), half);
+  return (FloatVec)((IntVec)(a / (a + 1)) | sign);
 }
 
 inline DoubleVec tanh(DoubleVec x) {
