@@ -122,6 +122,15 @@ def test_live_tensors_share_nothing(layer: tuple[Tensor, ...]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(copies, outputs, strict=True))
 
 
+def test_neighbours_do_not_agree_in_the_low_bits_of_their_addresses(
+    layer: tuple[Tensor, ...],
+) -> None:
+    """A load of one would wait for a store into the other, 4 KiB or a multiple of it away."""
+    outputs = [ops.lstm(*layer)[0] for _ in range(4)]
+    places = [output.data_ptr() % 4096 // 64 for output in outputs]
+    assert len(set(places)) == len(places)
+
+
 def test_empty_cache_frees_what_is_idle_alone(layer: tuple[Tensor, ...], others: int) -> None:
     output = ops.lstm(*layer)[0]
     lstm_step(layer)
