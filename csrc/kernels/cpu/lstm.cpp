@@ -163,6 +163,7 @@ void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& 
   }
   const Running<T> cell(Slot::kCell, a.c_n, a.c_0, a.B * a.H);
   const Parallel threads = threads_for(schedule.tokens() * a.H * (a.I + a.P) * 8, parallel);
+  // With layer norm a thread walks along rows, from panel to panel: its own ones alone stay in its cache.
   const bool apart = a.variant.norm_gates == nullptr;
   run_rows(schedule, a.lengths, a.reverse, apart, threads,
            [&](const Schedule& rows, const Parallel& team) { run_forward<Op>(a, packed, cell.values(), rows, team); });
@@ -251,6 +252,7 @@ void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, c
   const Running<T> grad_c(Slot::kCell, a.grad_c_0, a.grad_c_n, a.B * a.H);
   const int64_t columns = a.P + (has_panels<Op>(a) ? a.I : 0);
   const Parallel threads = threads_for(schedule.tokens() * a.H * columns * 8, parallel);
+  // The gradients of the gains of layer norm are sums over all rows of a step, in one order.
   const bool apart = a.variant.norm_gates == nullptr;
   run_rows(schedule, a.lengths, a.reverse, apart, threads, [&](const Schedule& rows, const Parallel& team) {
     run_backward<Op>(a, state, grad_h.values(), grad_c.values(), norm_cell, rows, team);
