@@ -141,8 +141,18 @@ def test_on_every_instruction_set(isa, variant, dtype):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("variant", [EVERYTHING, EVERYTHING - {"lengths"}], ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        EVERYTHING,
+        EVERYTHING - {"lengths"},
+        EVERYTHING - {"layer_norm"},
+        EVERYTHING - {"layer_norm", "lengths"},
+    ],
+    ids=str,
+)
 def test_same_bits_on_any_number_of_threads(isa, on_threads, variant, recompute):
+    """Two threads divide the rows, without layer norm; three the panels."""
     leaves, options = problem((4, 21, 30, 200, 90), variant, torch.float32)
     upstream = [torch.randn_like(t) for t in by_formula(**leaves, **options)]
     options |= {"recompute": recompute, "return_cells": True}
