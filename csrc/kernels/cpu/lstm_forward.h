@@ -311,8 +311,11 @@ void Forward<Op>::emit_hidden(const Work& work, int64_t panel, int64_t t, int64_
     const int64_t row = schedule.row(first + i);
     const Vec<S> h = zone_out(work, panel, t, first + i, outputs[i]);
     store_narrow(a.output + (t * a.B + row) * P + column, h, n);
-    if (i >= go_on) store_narrow(a.h_n + row * P + column, h, n);  // its last step
-    store_narrow(carried + i * kUnits<S>, resets(a.variant, next, row, a.B) ? Vec<S>{} : h);
+    if (i >= go_on) {
+      store_narrow(a.h_n + row * P + column, h, n);  // its last step
+    } else {
+      store_narrow(carried + i * kUnits<S>, resets(a.variant, next, row, a.B) ? Vec<S>{} : h);
+    }
   }
   if (go_on > 0)
     Gates<Op>::share_tile(carried, n, first, go_on < count ? go_on : count, column, schedule.rows(), P, after);
