@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmkern import nn as llmkern_nn
 from llmkern import ops
-from llmkern.models.generation import GenerationMixin
+from llmkern.generation.loop import GenerationMixin
 from llmkern.models.pretrained import PretrainedMixin
 
 State = tuple[Tensor, Tensor]

@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from llmkern._files import write_files
 from llmkern.text import Tokenizer
-from llmkern.text._optional import require
+from llmkern._optional import require
 
 FORMAT_VERSION = 1
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "tokenizer.json"

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from llmkern import ops
 from llmkern.nn._packing import PackedWeights, checked_dtype, parameters_of
-from llmkern.ops._lstm_loop import LstmLoop, can_defer
+from llmkern.ops.lstm.loop import LstmLoop, can_defer
 
 State = tuple[Tensor, Tensor]
 _NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh"

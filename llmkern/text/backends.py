@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
-from llmkern.text._optional import require
+from llmkern._optional import require
 from llmkern.text.normalization import NormalizationForm
 from llmkern.text.segmentation import chinese_words, pieces
 

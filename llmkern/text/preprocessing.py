@@ -8,7 +8,7 @@ Both come from maintained collections: stop words from stopwords-iso, stemmers f
 import functools
 from collections.abc import Iterable
 
-from llmkern.text._optional import require
+from llmkern._optional import require
 
 _SNOWBALL_NAMES = {
     "ar": "arabic",

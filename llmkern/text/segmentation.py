@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from llmkern.text._optional import require
+from llmkern._optional import require
 
 PIECE_LENGTH = 16_384
 

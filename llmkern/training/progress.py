@@ -4,7 +4,7 @@
 import sys
 from typing import Any, Protocol
 
-from llmkern.text._optional import require
+from llmkern._optional import require
 from llmkern.training.metrics import perplexity
 
 

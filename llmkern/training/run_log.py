@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from llmkern.text._optional import require
+from llmkern._optional import require
 
 LOG_NAME, TENSORBOARD_NAME = "log.jsonl", "tb"
 

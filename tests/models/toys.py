@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from llmkern.models import LanguageModel
-from llmkern.models.generation import GenerationMixin
+from llmkern.generation.loop import GenerationMixin
 from llmkern.text import Tokenizer
 
 TEXT = "the cat sat on the mat.\nthe dog sat on the log.\na cat and a dog met in the fog.\n" * 12

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import llmkern
-from llmkern.ops import _lstm_composite
+from llmkern.ops.lstm import composite as composite_layer
 from tests.conftest import assert_close
 from tests.ops.test_lstm import layer, run, torch_lstm, upstream_of
 from tests.ops.test_lstm_variants import COMBINATIONS, by_formula, problem
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 T, B, I, H, P = 5, 3, 4, 6, 2  # noqa: E741
 LENGTHS = torch.tensor([5, 0, 2])
-composite = _lstm_composite.lstm
+composite = composite_layer.lstm
 lstm_module = importlib.import_module("llmkern.ops.lstm")  # ops.lstm is the function
 
 
@@ -178,7 +178,7 @@ def test_what_the_kernels_of_cuda_lack_takes_the_composite(monkeypatch, name):
 
     called = []
     monkeypatch.setattr(lstm_module, "_beyond_kernels", on_cuda)
-    monkeypatch.setattr(_lstm_composite, "lstm", lambda *a: called.append(1) or composite(*a))
+    monkeypatch.setattr(composite_layer, "lstm", lambda *a: called.append(1) or composite(*a))
     arguments = variant(projected=P if name == "weight_hr" else H)
     options = CUDA_ONLY[name](arguments)
     plain = [arguments[n] for n in list(arguments)[:7]]

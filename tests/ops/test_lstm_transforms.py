@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 
 import llmkern
+from llmkern.ops.lstm import vmap as lstm_vmap
 from tests.conftest import assert_close
 from tests.ops.test_lstm import layer, torch_lstm
 from tests.ops.test_lstm_variants import NAMES, problem
@@ -153,9 +154,9 @@ def test_per_sample_gradients_of_a_model(batched):
 def test_per_sample_gradients_in_one_pass(monkeypatch):
     """Folded into the batch, not sample by sample."""
     calls = []
-    original = llmkern.ops._lstm_vmap._one_by_one
+    original = lstm_vmap._one_by_one
     monkeypatch.setattr(
-        llmkern.ops._lstm_vmap, "_one_by_one", lambda *a: calls.append(1) or original(*a)
+        lstm_vmap, "_one_by_one", lambda *a: calls.append(1) or original(*a)
     )
     x, *rest = layer(SHAPE)
     vmap(grad(loss_of, argnums=(0, 3, 4)), in_dims=(0, *[None] * 6))(x.expand(N, *x.shape), *rest)

@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "kernels/cpu/logit_rows.h"
+#include "kernels/cpu/sampling/logit_rows.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/run.h"
 

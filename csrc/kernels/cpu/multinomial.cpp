@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "kernels/cpu/logit_rows.h"
+#include "kernels/cpu/sampling/logit_rows.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/decoding.h"
 #include "kernels/run.h"

@@ -19,7 +19,7 @@ struct Wide {
   using Storage = T;
   using Sum = Widened<T>;
   using Word = Sum;
-  using Shared = Word;      // what workers hand one another: tiles.h
+  using Shared = Word;      // what workers hand one another: lstm/tiles.h
   using Projection = Wide;  // what multiplies by W_hr
   static constexpr int kTerms = 1;
 

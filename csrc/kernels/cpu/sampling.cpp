@@ -2,11 +2,11 @@
 // Sampling on the CPU; the contract is kernels/sampling.h.
 //
 // Nothing is sorted. One pass finds the maximum, one adds up the masses where somebody needs their sum. A filter either
-// lists the tokens that pass (selection.h) or finds where the nucleus ends (nucleus.h); the draw then skips whole
+// lists the tokens that pass (sampling/selection.h) or finds where the nucleus ends (sampling/nucleus.h); the draw then skips whole
 // blocks by their masses. Rows go to the threads; where there are fewer rows than threads, a long row is shared.
 #include "kernels/sampling.h"
 
-#include "kernels/cpu/sampling_row.h"
+#include "kernels/cpu/sampling/row.h"
 #include "kernels/run.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/cpu/mass_bins.h"
+#include "kernels/cpu/sampling/mass_bins.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 

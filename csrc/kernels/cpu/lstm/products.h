@@ -3,7 +3,7 @@
 // the input, weights, biases and gains.
 #pragma once
 
-#include "kernels/cpu/lstm_backward.h"
+#include "kernels/cpu/lstm/backward.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 

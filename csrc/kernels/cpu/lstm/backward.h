@@ -2,7 +2,7 @@
 // The steps of one LSTM layer, backward.
 #pragma once
 
-#include "kernels/cpu/lstm_forward.h"
+#include "kernels/cpu/lstm/forward.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 

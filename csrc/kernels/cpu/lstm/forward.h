@@ -2,7 +2,7 @@
 // The steps of one LSTM layer, forward.
 #pragma once
 
-#include "kernels/cpu/lstm_variant.h"
+#include "kernels/cpu/lstm/variant.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 

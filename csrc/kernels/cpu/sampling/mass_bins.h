@@ -4,7 +4,7 @@
 
 #include <cfloat>
 
-#include "kernels/cpu/row.h"
+#include "kernels/cpu/sampling/blocks.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 

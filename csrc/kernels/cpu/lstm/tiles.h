@@ -7,7 +7,7 @@
 #pragma once
 
 #include "kernels/cpu/gemm.h"
-#include "kernels/cpu/quantisation.h"
+#include "kernels/cpu/lstm/quantisation.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 

@@ -9,7 +9,7 @@
 
 #include <cmath>
 
-#include "kernels/cpu/selection.h"
+#include "kernels/cpu/sampling/selection.h"
 #include "kernels/cpu/team.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {

@@ -5,7 +5,7 @@
 #include <cfloat>
 #include <cmath>
 
-#include "kernels/cpu/nucleus.h"
+#include "kernels/cpu/sampling/nucleus.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/team.h"
 #include "kernels/sampling.h"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from llmkern.ops import _autocast, _checks, _lstm_autograd, _lstm_composite
+from llmkern.ops import _autocast, _checks
+from llmkern.ops.lstm import autograd, composite
 
 
 def lstm(
@@ -88,7 +89,7 @@ def lstm(
     if _beyond_kernels(input, variant):
         tensors = _validated("lstm", "T, B, I", *layer)
         valid = _valid_masks(input, *masks)
-        results = _lstm_composite.lstm(*(*tensors, *valid, zoneout_h, zoneout_c, reverse))
+        results = composite.lstm(*(*tensors, *valid, zoneout_h, zoneout_c, reverse))
         return results if return_cells else results[:3]
     try:
         tensors = _autocast.cast(*layer, sixteen_bits_on_cpu=True)
@@ -125,7 +126,7 @@ def lstm_cell(
     layer = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
     if _beyond_kernels(input, variant=False):
         step, *others = _validated("lstm_cell", "B, I", *layer)
-        return _lstm_composite.lstm(step.unsqueeze(0), *others)[1:3]
+        return composite.lstm(step.unsqueeze(0), *others)[1:3]
     try:
         tensors: Any = _autocast.cast(*layer, sixteen_bits_on_cpu=True)
         saves = _saves("lstm_cell", tensors, packed)
@@ -195,9 +196,9 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.ops.llmkern.lstm.default(*arguments)  # type: ignore[no-any-return]
     if torch._C._are_functorch_transforms_active():
-        return _lstm_autograd.Layer.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+        return autograd.Layer.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
     if torch.is_grad_enabled():
-        return _lstm_autograd.RecordedLayer.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+        return autograd.RecordedLayer.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.llmkern.lstm.default(*arguments)  # type: ignore[no-any-return]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern.models.constraints import Constraints
-from llmkern.models.generation_config import GenerationConfig
-from llmkern.models.streaming import Streamer
+from llmkern.generation.constraints import Constraints
+from llmkern.generation.config import GenerationConfig
+from llmkern.generation.streaming import Streamer
 from llmkern.text import Tokenizer
 
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor

@@ -10,7 +10,7 @@
 // is two products of bytes. Their sums are integers, so no order of summation matters.
 #pragma once
 
-#include "kernels/cpu/tiles.h"
+#include "kernels/cpu/lstm/tiles.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/cpu/masses.h"
+#include "kernels/cpu/sampling/masses.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from llmkern.ops import _checks
-from llmkern.ops.lstm import explained
+from llmkern.ops.lstm.layer import explained
 
 Weights = Sequence[Tensor | None]
 _STEP = torch.ops.llmkern.lstm_step.default

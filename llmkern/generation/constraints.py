@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmkern.models.generation_config import GenerationConfig
+from llmkern.generation.config import GenerationConfig
 from llmkern.text import Tokenizer
 
 # A character takes at most four byte-level tokens, so a stop text ends within the last 4 * its length tokens.

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "kernels/cpu/masses.h"
+#include "kernels/cpu/sampling/masses.h"
 #include "kernels/decoding.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {

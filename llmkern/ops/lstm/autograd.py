@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from llmkern.ops import _checks, _lstm_composite, _lstm_vmap
+from llmkern.ops import _checks
+from llmkern.ops.lstm import composite, vmap
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -42,7 +43,7 @@ def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, *_):  # type: ig
 # Among the arguments of llmkern::lstm_backward: the gradients from above, what the layer computes with, its masks, and
 # after what the forward pass saved, its numbers.
 _UPSTREAM, _LAYER, _MASKS, _OPTIONS = slice(0, 4), slice(4, 14), slice(14, 17), slice(22, 26)
-_SHIFT = 10  # after the layer's tensors: what _lstm_composite.lstm adds to the gates
+_SHIFT = 10  # after the layer's tensors: what composite.lstm adds to the gates
 
 
 def _save_for_second_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -91,7 +92,7 @@ def _first_gradients(upstream, layer, masks, options, weights, wanted):  # type:
         for i, variable in zip(by, variables, strict=True):
             given[i] = variable
         *tensors, shifted = given
-        outputs = _lstm_composite.lstm(*tensors, *masks, **options, shift=shifted)
+        outputs = composite.lstm(*tensors, *masks, **options, shift=shifted)
         return tuple(outputs[i] for i in used)
 
     _, pullback = _vjp(outputs_of, *[[*layer, shift][i] for i in by])
@@ -161,7 +162,7 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _lstm_vmap.layer(Layer.apply, info, in_dims, *args)
+        return vmap.layer(Layer.apply, info, in_dims, *args)
 
 
 class LayerBackward(torch.autograd.Function):
@@ -176,7 +177,7 @@ class LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _lstm_vmap.backward(LayerBackward.apply, info, in_dims, *args)
+        return vmap.backward(LayerBackward.apply, info, in_dims, *args)
 
 
 def _run_backward(*args: Any) -> Any:
