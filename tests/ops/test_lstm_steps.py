@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators behind a loop over cells: steps whose weights are read where they lie, and one product over many steps."""
+"""The operators behind a loop over cells: steps that read weights where they lie, and one product over many steps."""
 
 import pytest
 import torch
 
 import llmkern
 from tests.conftest import assert_close
-from tests.ops.test_lstm import layer, upstream_of
+from tests.ops.test_lstm import layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ops = torch.ops.llmkern
