@@ -215,9 +215,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("beam_search_step", TORCH_BOX(&beam_search_step_cpu));
-  m.impl("speculative_verify", TORCH_BOX(&speculative_verify_cpu));
-  m.impl("multinomial", TORCH_BOX(&multinomial_cpu));
+  LLMKERN_OPERATOR(m, "beam_search_step", &beam_search_step_cpu);
+  LLMKERN_OPERATOR(m, "speculative_verify", &speculative_verify_cpu);
+  LLMKERN_OPERATOR(m, "multinomial", &multinomial_cpu);
 }
 #endif
 

@@ -53,7 +53,7 @@ Sizes check_dropout(const Tensor& x, const Tensor& seed, double p, int64_t perio
 
 Tensor dropout_cpu(const Tensor& x_any, const Tensor& seed, double p, int64_t period) {
   const Sizes n = check_dropout(x_any, seed, p, period);
-  const Tensor x = row_major(x_any), out = torch::stable::new_empty(x, x.sizes());
+  const Tensor x = row_major(x_any), out = empty_as(x);
   for_storage_dtype("dropout", "x", x, [&](auto value) {
     using T = decltype(value);
     cpu::run(Dropout<T>{data<T>(x), data<int64_t>(seed), mutable_data<T>(out), n.N, n.D, n.R, p}, torch_parallel());
@@ -73,7 +73,7 @@ Tensor mask_cuda(const Tensor& seed, int64_t purpose, int64_t rows, int64_t colu
 Tensor dropout_cuda(const Tensor& x_any, const Tensor& seed, double p, int64_t period) {
   const Sizes n = check_dropout(x_any, seed, p, period);
   const OnCuda cuda(x_any);
-  const Tensor x = row_major(x_any), out = torch::stable::new_empty(x, x.sizes());
+  const Tensor x = row_major(x_any), out = empty_as(x);
   for_storage_dtype("dropout", "x", x, [&](auto value) {
     using T = decltype(value);
     cuda::run(Dropout<T>{data<T>(x), data<int64_t>(seed), mutable_data<T>(out), n.N, n.D, n.R, p}, cuda.stream());
@@ -91,15 +91,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("mask", TORCH_BOX(&mask_cpu));
-  m.impl("dropout", TORCH_BOX(&dropout_cpu));
+  LLMKERN_OPERATOR(m, "mask", &mask_cpu);
+  LLMKERN_OPERATOR(m, "dropout", &dropout_cpu);
 }
 #endif
 
 #ifdef LLMKERN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) {
-  m.impl("mask", TORCH_BOX(&mask_cuda));
-  m.impl("dropout", TORCH_BOX(&dropout_cuda));
+  LLMKERN_OPERATOR(m, "mask", &mask_cuda);
+  LLMKERN_OPERATOR(m, "dropout", &dropout_cuda);
 }
 #endif
 

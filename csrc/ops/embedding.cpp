@@ -146,15 +146,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("embedding", TORCH_BOX(&embedding_cpu));
-  m.impl("embedding_backward", TORCH_BOX(&embedding_backward_cpu));
+  LLMKERN_OPERATOR(m, "embedding", &embedding_cpu);
+  LLMKERN_OPERATOR(m, "embedding_backward", &embedding_backward_cpu);
 }
 #endif
 
 #ifdef LLMKERN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) {
-  m.impl("embedding", TORCH_BOX(&embedding_cuda));
-  m.impl("embedding_backward", TORCH_BOX(&embedding_backward_cuda));
+  LLMKERN_OPERATOR(m, "embedding", &embedding_cuda);
+  LLMKERN_OPERATOR(m, "embedding_backward", &embedding_backward_cuda);
 }
 #endif
 

@@ -236,11 +236,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
       "bool return_entropy, bool return_rank, bool return_processed) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) { m.impl("sample", TORCH_BOX(&sample<false>)); }
+STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) { LLMKERN_OPERATOR(m, "sample", &sample<false>); }
 #endif
 
 #ifdef LLMKERN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) { m.impl("sample", TORCH_BOX(&sample<true>)); }
+STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) { LLMKERN_OPERATOR(m, "sample", &sample<true>); }
 #endif
 
 }  // namespace llmkern::ops

@@ -249,7 +249,7 @@ void draw_with_replacement(const Multinomial<T>& a, int bits, const Parallel& pa
 template <class Kind, class T>
 RowFault draw_without_replacement(const Multinomial<T>& a, int64_t b, int bits) {
   const int64_t size = tree_size(a.V);
-  uint64_t* memory = scratch<uint64_t>(Slot::kKernel, size + (a.V + kFan - 1) / kFan);
+  const auto memory = scratch<uint64_t>(Slot::kMultinomialTree, size + (a.V + kFan - 1) / kFan);
   Row<T, Kind> row(a.input + b * a.stride, a.V, bits, memory, memory + size);
   const RowFault fault = row.build(a.n);
   if (fault != RowFault::kNone) return fault;

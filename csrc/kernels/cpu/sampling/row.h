@@ -27,7 +27,8 @@ struct Workspace {
     const size_t blocks = static_cast<size_t>((V + kBlock - 1) / kBlock), whole = blocks * kBlock;
     const size_t per_token = 3 * sizeof(float) + 2 * sizeof(Candidate);
     const size_t per_block = 2 * sizeof(FloatVec) + 2 * sizeof(uint64_t) + 2 * sizeof(int32_t);
-    char* memory = scratch<char>(Slot::kKernel, static_cast<int64_t>(whole * per_token + blocks * per_block));
+    memory_ = scratch<char>(Slot::kSampleRow, static_cast<int64_t>(whole * per_token + blocks * per_block));
+    char* memory = memory_;
     const auto take = [&memory](auto*& array, size_t count) {
       array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(memory);
       memory += count * sizeof *array;
@@ -44,6 +45,9 @@ struct Workspace {
     take(block_count, blocks);
     take(block_listed, blocks);
   }
+
+ private:
+  Scratch<char> memory_;
 };
 
 // What passed the filters: everything, a list, or a prefix of the order.
