@@ -208,10 +208,21 @@ Outputs sample(const Tensor& logits, const OptionalTensor& bias, const OptionalT
                const OptionalTensor& positions, int64_t num_logprobs, bool return_logprob, bool return_entropy,
                bool return_rank, bool return_processed) {
   check_sizes(logits, num_logprobs);
-  const Wanted wanted = {num_logprobs, return_logprob, return_entropy, return_rank, return_processed};
-  const Inputs in = {dense_rows(logits), row_major(bias),       row_major(bias_ids),   row_major(bias_values),
-                     row_major(allowed), row_major(prompt_ids), row_major(output_ids), row_major(settings),
-                     row_major(seeds),   row_major(positions)};
+  const Wanted wanted = {.num_logprobs = num_logprobs,
+                         .logprob = return_logprob,
+                         .entropy = return_entropy,
+                         .rank = return_rank,
+                         .processed = return_processed};
+  const Inputs in = {.logits = dense_rows(logits),
+                     .bias = row_major(bias),
+                     .bias_ids = row_major(bias_ids),
+                     .bias_values = row_major(bias_values),
+                     .allowed = row_major(allowed),
+                     .prompt = row_major(prompt_ids),
+                     .output = row_major(output_ids),
+                     .settings = row_major(settings),
+                     .seeds = row_major(seeds),
+                     .positions = row_major(positions)};
   return for_logits_dtype(in.logits, [&](auto type) {
     auto a = arguments<decltype(type)>(in);
     const Outputs out = make_outputs(in.logits, wanted, a);
