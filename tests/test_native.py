@@ -160,6 +160,14 @@ def test_missing_or_damaged_library(tmp_path, damage):
 # ---- what the files need
 
 
+def test_every_binding_is_registered_as_an_operator():
+    """LLMKERN_OPERATOR has a call run at work, and names the operator where memory runs out."""
+    sources = {path.name: path.read_text() for path in (ROOT / "csrc" / "ops").glob("*.cpp")}
+    assert any("LLMKERN_OPERATOR(" in source for source in sources.values())
+    del sources["library.cpp"]  # no kernels there, and what changes the state of all threads
+    assert [name for name, source in sources.items() if "TORCH_BOX(" in source] == []
+
+
 def output_of(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 

@@ -91,6 +91,11 @@ def _number_settings(values: tuple[float, ...], device: torch.device) -> Tensor:
 _cached_number_settings = functools.lru_cache(maxsize=64)(_number_settings)
 
 
+def forget_settings() -> None:
+    """Frees the tensors of settings that were plain numbers."""
+    _cached_number_settings.cache_clear()
+
+
 class BiasTensors(NamedTuple):
     dense: Tensor | None = None
     """float32 [V] or [B, V]."""
