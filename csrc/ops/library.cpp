@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The extension module, and what is not an operator of one family: threads, streams, what was built and what is in use.
+// The extension module, and the operators that belong to no family: threads, streams, memory, facts about the build.
 //
 // Importing the module registers the operators (each family's STABLE_TORCH_LIBRARY_FRAGMENT); it has no Python content.
 #include <Python.h>
@@ -19,7 +19,7 @@ namespace llmkern::ops {
 
 namespace {
 
-// The first of what parts of one call have thrown. The stable ABI would lose its type and text.
+// The first exception of the parts of one call. The stable ABI would lose its type and text.
 class Failure {
  public:
   template <class F>

@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* kName = "sample";
 
-// token, valid, num_kept, filtered_logprob and, of logprob, entropy, rank, top_ids, top_logprobs, processed, what was
+// token, valid, num_kept, filtered_logprob and, of logprob, entropy, rank, top_ids, top_logprobs, processed, the ones
 // asked for. A list, because every tensor costs as much as the draw from a small vocabulary.
 using Outputs = std::vector<Tensor>;
 
@@ -168,7 +168,7 @@ Sample<T> arguments(const Inputs& in) {
   return a;
 }
 
-// What f(T{}) returns, T being the storage type of the logits.
+// Returns f(T{}), T being the storage type of the logits.
 template <class F>
 Outputs for_logits_dtype(const Tensor& logits, const F& f) {
   switch (logits.scalar_type()) {

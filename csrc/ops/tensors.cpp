@@ -16,7 +16,7 @@ namespace llmkern::ops {
 
 namespace {
 
-// Half of the smallest block. What is smaller malloc keeps itself.
+// Half of the smallest block. Smaller memory malloc keeps itself.
 constexpr int64_t kLeastRecycledBytes = kHugePageBytes / 2;
 
 // 0 where there is no such number.
@@ -28,7 +28,7 @@ int64_t bytes_of(const int64_t* sizes, size_t dimensions, int64_t element_size) 
   return bytes;
 }
 
-// What a user can make smaller, by the beginning of an operator's name.
+// The sizes that a user can lower, by the beginning of an operator's name.
 const char* what_to_lower(const std::string& what) {
   constexpr const char* kAdvice[][2] = {
       {"lstm", "the batch size or the number of steps of a call"},

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every binding shares: tensors of the stable ABI, checks with the house's error text, allocation, threads.
+// Everything that bindings share: tensors of the stable ABI, checks with the house's error text, allocation, threads.
 //
 // Python validates first (llmkern/ops); these checks are the backstop for callers of torch.ops.llmkern, so that no
 // argument whatever makes a kernel read or write where it should not.
@@ -40,7 +40,7 @@ template <class Exception = std::invalid_argument, class... Parts>
   throw Exception(text.str());
 }
 
-// Throws what Python sees of an OutOfMemory: a RuntimeError, as torch's own.
+// Turns an OutOfMemory into the error that Python gets: a RuntimeError, as torch's own.
 [[noreturn]] void fail_for_memory(const char* what, const OutOfMemory& error);
 
 template <size_t n>
@@ -162,7 +162,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
 
 inline Tensor empty_as(const Tensor& like) { return empty(like, like.sizes().data(), static_cast<size_t>(like.dim())); }
 
-// As `empty`, for gradients, for what a recorded forward pass makes and for what is between kernels: none of it gets
+// As `empty`, for gradients, results of a recorded forward pass, and tensors between kernels: none of them gets
 // resized, which torch would refuse. Large ones lie in memory that was used before (block_cache.h) and costs no page
 // faults.
 Tensor empty_recycled(const Tensor& like, std::initializer_list<int64_t> shape,

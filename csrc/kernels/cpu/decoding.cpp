@@ -17,7 +17,7 @@ namespace {
 
 // ---- beam search ----
 
-// A beam's logits and what turns one of them into a score.
+// A beam, and the numbers that turn one of its logits into a score.
 struct Beam {
   double score;  // -inf: no continuation
   float maximum;
@@ -125,7 +125,8 @@ float least_z(const Beam& beam, float least) {
   return from_ordered(static_cast<int32_t>(high));
 }
 
-// Offers what can be among the best, in ascending order of the index: of equal scores those that come later never are.
+// Offers the continuations that can be among the best, in ascending order of the index: of equal scores, later ones
+// never are.
 template <class T>
 void offer_continuations(const BeamSearchStep<T>& a, int64_t b, const Entry& e, float least, Best* best) {
   for (int64_t k = 0; k < e.K; ++k) {

@@ -3,8 +3,8 @@
 //
 // Nothing is sorted. One pass finds the maximum, one adds up the masses where somebody needs their sum. A filter either
 // lists the tokens that pass (sampling/selection.h) or finds where the nucleus ends (sampling/nucleus.h); the draw then
-// skips whole blocks by their masses. Rows go to the threads; where there are fewer rows than threads, a team works on each
-// long row.
+// skips whole blocks by their masses. Rows go to the threads; where there are fewer rows than threads, a team works on
+// each long row.
 #include "kernels/sampling.h"
 
 #include "kernels/cpu/sampling/row.h"
