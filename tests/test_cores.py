@@ -107,3 +107,32 @@ def test_threads_that_openmp_binds_count_all_cores() -> None:
     """Each may run on one core then, and together they may run on all."""
     assert len(set(counts(OMP_PROC_BIND="true"))) == 1
     assert len(set(counts(OMP_PROC_BIND="FALSE"))) == len({1, *counts()})
+
+
+WORK = """
+import sys
+import torch
+from llmkern import ops
+
+torch.set_num_threads(4)
+x, state = torch.zeros(8, 1, 256), torch.zeros(1, 256)
+weights = [torch.zeros(1024, 256), torch.zeros(1024, 256), torch.zeros(1024), torch.zeros(1024)]
+ops.lstm(x, state, state, *weights)
+ops.sample(torch.zeros(64, 4096), seed=1)
+ops.sample(torch.zeros(1, 1 << 17), seed=1)
+print(torch.ops.llmkern.memory_stats()[-1])  # threads that have worked
+"""
+
+
+@pytest.mark.parametrize("cores", [1, 2, 4, 9])
+def test_no_more_threads_work_than_there_are_cores(cores: int) -> None:
+    """Workers that wait for each other would wait for the system to take the core from another one."""
+    result = subprocess.run(
+        [sys.executable, "-c", WORK],
+        cwd=ROOT,
+        env=os.environ | {"LLMKERN_CORES": str(cores)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert int(result.stdout) == min(cores, 4)

@@ -40,7 +40,7 @@ Tensor embedding_cpu(const Tensor& ids_any, const Tensor& weight_any, int64_t, b
   check_dim(kName, "weight", weight_any, 2);
   const Tensor ids = row_major(ids_any), weight = row_major(weight_any);
   const int64_t N = ids.numel(), V = weight.size(0), D = weight.size(1);
-  Tensor out = torch::stable::new_empty(weight, output_shape(ids, D));
+  Tensor out = empty(weight, output_shape(ids, D));
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
     check_ids<Index>(ids, V);
@@ -98,7 +98,7 @@ Tensor embedding_cuda(const Tensor& ids_any, const Tensor& weight_any, int64_t, 
   const OnCuda cuda(weight_any);
   const Tensor ids = row_major(ids_any), weight = row_major(weight_any);
   const int64_t N = ids.numel(), V = weight.size(0), D = weight.size(1);
-  Tensor out = torch::stable::new_empty(weight, output_shape(ids, D));
+  Tensor out = empty(weight, output_shape(ids, D));
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
     for_storage_dtype(kName, "weight", weight, [&](auto value) {

@@ -88,9 +88,10 @@ void empty_cache() {
   free_thread_memory();
 }
 
-std::tuple<int64_t, int64_t, int64_t, int64_t> memory_stats() {
-  const BlockCache::Stats stats = block_cache().stats();
-  return {stats.held_bytes, stats.idle_bytes, stats.mapped_bytes, thread_memory().bytes};
+std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> memory_stats() {
+  const BlockCache::Stats blocks = block_cache().stats();
+  const ThreadMemory of_threads = thread_memory();
+  return {blocks.held_bytes, blocks.idle_bytes, blocks.mapped_bytes, of_threads.bytes, of_threads.threads};
 }
 
 void raise_deferred_errors(int64_t device_index) {
@@ -110,7 +111,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def("cpu_isa_detected() -> str");
   m.def("select_cpu_isa(str name) -> ()");
   m.def("empty_cache() -> ()");
-  m.def("memory_stats() -> (int held_bytes, int idle_bytes, int mapped_bytes, int thread_bytes)");
+  m.def("memory_stats() -> (int held_bytes, int idle_bytes, int mapped_bytes, int thread_bytes, int threads)");
   m.def("usable_cores() -> int");
   m.def("raise_deferred_errors(int device_index) -> ()");
 }

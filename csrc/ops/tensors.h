@@ -160,6 +160,10 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
   return empty(like, shape.begin(), shape.size(), dtype);
 }
 
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) {
+  return empty(like, shape.data(), shape.size());
+}
+
 inline Tensor empty_as(const Tensor& like) { return empty(like, like.sizes().data(), static_cast<size_t>(like.dim())); }
 
 // As `empty`, for gradients, results of a recorded forward pass, and tensors between kernels: none of them gets

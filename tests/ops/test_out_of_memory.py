@@ -37,6 +37,14 @@ def test_an_lstm_of_an_expanded_input():
         ops.lstm(x, h, c, *torch.nn.LSTM(4, 8).parameters())
 
 
+def test_a_result_of_any_shape():
+    ids = torch.zeros(1, dtype=torch.int64).expand(2, HUGE)
+    with pytest.raises(
+        RuntimeError, match=r"llmkern\.embedding: out of memory\. .* lower the number of ids"
+    ):
+        ops.embedding(ids, torch.zeros(3, 4))
+
+
 def test_a_result():
     logits, scores = torch.zeros(1, 2, 9), torch.zeros(1, 2)
     with pytest.raises(RuntimeError) as error:
