@@ -102,7 +102,7 @@ double row_loss(const CrossEntropyForward<T>& a, int64_t n, const T* logits, dou
 // threads.
 template <class T>
 void execute(const CrossEntropyForward<T>& a, const Parallel& parallel) {
-  double* losses = scratch<double>(Slot::kKernel, a.N);
+  const auto losses = scratch<double>(Slot::kCrossEntropyLosses, a.N);
   for_chunks<T>(a, parallel, [&](int64_t first, int64_t rows) {
     parallel(rows, rows_per_task(a.V), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
