@@ -10,6 +10,8 @@
 // Sums are float32 (float64 for double). Where k is not a multiple of a word's terms the last word is filled with 0.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cpu/storage.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
@@ -79,6 +81,21 @@ struct Bf16Pairs {
   }
 };
 #endif
+
+namespace {
+
+// Calls f with what multiplies T here.
+template <class T, class F>
+void with_operand(const F& f) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (has_bf16()) return f(Bf16Pairs{});
+  }
+#endif
+  f(Wide<T>{});
+}
+
+}  // namespace
 
 template <class Op>
 constexpr int64_t words_of(int64_t terms) {
