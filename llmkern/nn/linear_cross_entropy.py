@@ -23,8 +23,8 @@ class LinearCrossEntropyLoss(_Base):
         options: how torch should cut the logits into chunks. The kernel always does, and picks the size itself.
 
     Shapes:
-        input [..., D], target int64 [...], or [..., V] for the probability of every class; the loss is a scalar, or [...]
-        for reduction "none".
+        input [..., D]; target int64 [...], or [..., V] for the probability of every class. The loss is a scalar, or for
+        reduction "none" [...].
         Parameters: ``linear.weight`` [V, D], ``linear.bias`` [V].
 
     Raises:

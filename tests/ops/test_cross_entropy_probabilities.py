@@ -27,7 +27,7 @@ IN_TORCH = hasattr(nn, "LinearCrossEntropyLoss")
 
 
 def arguments_of(shape, option, dtype=torch.float64) -> tuple[dict[str, Tensor], dict]:
-    """Differentiable arguments and options; values are of float32. Rows of the target need not sum to 1, as in torch."""
+    """Differentiable arguments and options; values are of float32. Rows of the target need not sum to 1."""
     N, D, V = shape
     options = dict(OPTIONS[option])
     tensors = {"input": torch.randn(N, D), "linear_weight": torch.randn(V, D) / D**0.5}

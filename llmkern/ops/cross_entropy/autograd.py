@@ -54,8 +54,8 @@ def _gradients(grad_loss, tensors, options, places):  # type: ignore[no-untyped-
     return pullback((grad_loss,))
 
 
-# Among the arguments of llmkern::linear_cross_entropy_backward: its numbers, after the gradient of the loss, the tensors
-# and what the forward pass saved.
+# Among the arguments of llmkern::linear_cross_entropy_backward, after the gradient of the loss, the tensors and what
+# the forward pass saved: its numbers, and which gradients are wanted.
 _OPTIONS, _NEEDS = slice(8, 11), slice(11, 15)
 
 

@@ -45,8 +45,8 @@ def linear_cross_entropy(
             any floating-point dtype, [..., V].
         linear_bias: [V] or None.
         weight: class weights [V], or None for ones.
-        reduction: "none" gives a loss per row; "sum" their sum; "mean" the sum over the sum of the targets' weights, for
-            probabilities over the number of rows.
+        reduction: "none" gives a loss per row; "sum" their sum; "mean" the sum over the sum of the targets' weights,
+            for probabilities over the number of rows.
         ignore_index: rows with this target count for nothing; None means -100. None for probabilities.
         label_smoothing: in [0, 1].
 
