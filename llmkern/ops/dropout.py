@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from llmkern.ops import _checks, _seed
+from llmkern.ops import _checks, _seed, _transforms
 
 _OP = "dropout"
 _OPERATOR = torch.ops.llmkern.dropout.default
@@ -77,7 +77,7 @@ def _mask_fake(seed: Tensor, purpose: int, rows: int, columns: int, p: float) ->
 
 
 def _operator() -> Callable[..., Tensor]:
-    return _Dropout.apply if torch._C._are_functorch_transforms_active() else _OPERATOR
+    return _Dropout.apply if _transforms.active() else _OPERATOR
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -92,18 +92,17 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     return _operator()(grad, seed, ctx.p, ctx.period), None, None, None
 
 
-def _map(call: Callable[..., Tensor], in_dims: Any, x: Tensor, seed: Tensor, *options: Any) -> Any:
+def _map(
+    call: Callable[..., Tensor], info: Any, in_dims: Any, x: Tensor, seed: Tensor, *options: Any
+) -> tuple[Tensor, int]:
     """One seed drops the same elements of every x, like ``randomness="same"``; seeds of a batch each their own."""
-    x_dim, seed_dim, *_ = in_dims
-    if seed_dim is None:
-        return call(x.movedim(x_dim, 0), seed, *options), 0
-    seeds = seed.unbind(0)
-    xs = [x] * len(seeds) if x_dim is None else x.unbind(x_dim)
-    return torch.stack([call(x, s, *options) for x, s in zip(xs, seeds, strict=True)]), 0
+    if in_dims[1] is None:
+        return call(x.movedim(in_dims[0], 0), seed, *options), 0
+    return _transforms.one_by_one(call, info.batch_size, in_dims, (x, seed, *options))
 
 
 class _Dropout(torch.autograd.Function):
-    """llmkern::dropout under the transforms of torch.func, which no gradient registered with torch.library serves."""
+    """llmkern::dropout under the transforms of torch.func and in forward mode."""
 
     setup_context = staticmethod(_save_for_backward)
     backward = staticmethod(_backward)
@@ -114,7 +113,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _map(_Dropout.apply, in_dims, *args)
+        return _map(_Dropout.apply, info, in_dims, *args)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
@@ -123,5 +122,5 @@ class _Dropout(torch.autograd.Function):
 
 torch.library.register_autograd("llmkern::dropout", _backward, setup_context=_save_for_backward)
 torch.library.register_vmap(
-    "llmkern::dropout", lambda info, in_dims, *args: _map(_OPERATOR, in_dims, *args)
+    "llmkern::dropout", lambda info, in_dims, *args: _map(_OPERATOR, info, in_dims, *args)
 )
