@@ -6,13 +6,10 @@
 The gradient is dense and summed in the order of the ids, column by column: the same bits on any number of threads.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from llmkern.ops import _checks, _transforms
+from llmkern.ops import _checks, _derivatives
 
 _OP = "embedding"
 _GATHER = torch.ops.llmkern.embedding.default
@@ -28,8 +25,8 @@ def embedding(
 ) -> Tensor:
     """Looks up rows of an embedding table.
 
-    Differentiable any number of times, in forward mode and under torch.func too. Gradients of 16-bit types are summed in
-    float32 and rounded once.
+    Differentiable any number of times, in forward mode and under torch.func too. Gradients of 16-bit types are summed
+    in float32 and rounded once.
 
     Args:
         ids: any shape, int64 or int32, each in [0, V).
@@ -51,7 +48,7 @@ def embedding(
         [[3.0, 4.0], [3.0, 4.0], [1.0, 2.0]]
     """
     padding_row = _validate(ids, weight, padding_idx)
-    return _gather()(ids, weight, padding_row, scale_grad_by_freq)
+    return _GATHER(ids, weight, padding_row, scale_grad_by_freq)
 
 
 def _validate(ids: Tensor, weight: Tensor, padding_idx: int | None) -> int:
@@ -64,7 +61,7 @@ def _validate(ids: Tensor, weight: Tensor, padding_idx: int | None) -> int:
     _checks.check_same_device(_OP, {"ids": ids, "weight": weight})
     if padding_idx is None:
         return -1
-    V = weight.shape[0]
+    V = _checks.size(weight, 0)
     if not -V <= padding_idx < V:
         raise ValueError(
             f"llmkern.embedding: expected padding_idx in [{-V}, {V}), got {padding_idx}"
@@ -84,14 +81,6 @@ def _embedding_backward_fake(
     return grad.new_empty([num_embeddings, grad.shape[-1]])
 
 
-def _gather() -> Callable[..., Tensor]:
-    return _Gather.apply if _transforms.active() else _GATHER
-
-
-def _scatter() -> Callable[..., Tensor]:
-    return _Scatter.apply if _transforms.active() else _SCATTER
-
-
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ids, weight, *ctx.options = inputs
     ctx.num_embeddings = weight.shape[0]
@@ -101,7 +90,19 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     (ids,) = ctx.saved_tensors
-    return None, _scatter()(grad, ids, ctx.num_embeddings, *ctx.options), None, None
+    return None, _SCATTER(grad, ids, ctx.num_embeddings, *ctx.options)
+
+
+def _jvp(ctx, _, tangent: Tensor, *__):  # type: ignore[no-untyped-def]
+    """The gather is linear in the table."""
+    (ids,) = ctx.saved_tensors
+    return _GATHER(ids, tangent, *ctx.options)
+
+
+def _vmap(info, in_dims, ids: Tensor, weight: Tensor, *options):  # type: ignore[no-untyped-def]
+    if in_dims[1] is None:
+        return _GATHER(ids, weight, *options), in_dims[0]
+    return _derivatives.one_by_one(_GATHER, info, in_dims, ids, weight, *options)
 
 
 def _save_for_double_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -114,7 +115,7 @@ def _double_backward(ctx, grad_grad_weight: Tensor):  # type: ignore[no-untyped-
     """The backward is linear in its gradient, so its own gradient is a masked, scaled gather."""
     (ids,) = ctx.saved_tensors
     num_embeddings, padding_idx, scale_by_freq = ctx.options
-    rows = _gather()(ids, grad_grad_weight, -1, False)
+    rows = _GATHER(ids, grad_grad_weight, -1, False)
     if scale_by_freq:
         flat = ids.reshape(-1).long()
         ones = torch.ones_like(flat, dtype=_checks.widened(rows.dtype))
@@ -122,38 +123,23 @@ def _double_backward(ctx, grad_grad_weight: Tensor):  # type: ignore[no-untyped-
         rows = (rows / counts[ids].unsqueeze(-1)).to(rows.dtype)
     if padding_idx >= 0:
         rows = rows.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
-    return rows, None, None, None, None
+    return (rows,)
 
 
-def _map_gather(
-    call: Callable[..., Tensor],
-    info: Any,
-    in_dims: Sequence[int | None],
-    ids: Tensor,
-    weight: Tensor,
-    *options: Any,
-) -> tuple[Tensor, int | None]:
-    if in_dims[1] is None:
-        return call(ids, weight, *options), in_dims[0]
-    return _transforms.one_by_one(call, info.batch_size, in_dims, (ids, weight, *options))
+def _backward_jvp(ctx, tangent: Tensor, *_):  # type: ignore[no-untyped-def]
+    (ids,) = ctx.saved_tensors
+    return _SCATTER(tangent, ids, *ctx.options)
 
 
-def _map_scatter(
-    call: Callable[..., Tensor],
-    info: Any,
-    in_dims: Sequence[int | None],
-    grad: Tensor,
-    ids: Tensor,
-    num_embeddings: int,
-    padding_idx: int,
-    scale_by_freq: bool,
-) -> tuple[Tensor, int]:
+def _backward_vmap(  # type: ignore[no-untyped-def]
+    info, in_dims, grad: Tensor, ids: Tensor, num_embeddings: int, padding_idx: int, *scale_by_freq
+):
     """One call for all n samples: those of the same ids lie side by side, [V, n, D], others in one table, [n, V, D]."""
     n, (grad_dim, ids_dim, *_) = info.batch_size, in_dims
     if ids_dim is None:
         columns = grad.movedim(grad_dim, -2).flatten(-2)
-        sums = call(columns, ids, num_embeddings, padding_idx, scale_by_freq)
-        return sums.unflatten(1, (n, -1)), 1
+        sums = _SCATTER(columns, ids, num_embeddings, padding_idx, *scale_by_freq)
+        return sums.unflatten(1, (n, columns.shape[-1] // n)), 1
     ids = ids.movedim(ids_dim, 0)
     grad = grad.expand(n, *grad.shape) if grad_dim is None else grad.movedim(grad_dim, 0)
     if padding_idx >= 0:
@@ -161,58 +147,17 @@ def _map_scatter(
     first = torch.arange(n, device=ids.device).mul(num_embeddings).view(-1, *[1] * (ids.dim() - 1))
     # An id out of range must not end in the table of another sample.
     rows = torch.where((ids >= 0) & (ids < num_embeddings), ids + first, -1)
-    sums = call(grad, rows, n * num_embeddings, -1, scale_by_freq)
+    sums = _SCATTER(grad, rows, n * num_embeddings, -1, *scale_by_freq)
     return sums.unflatten(0, (n, num_embeddings)), 0
 
 
-class _Gather(torch.autograd.Function):
-    """llmkern::embedding under the transforms of torch.func and in forward mode: it is linear in the table."""
-
-    setup_context = staticmethod(_save_for_backward)
-    backward = staticmethod(_backward)
-
-    @staticmethod
-    def forward(ids: Tensor, weight: Tensor, *options: Any) -> Tensor:
-        return _GATHER(ids, weight, *options)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _map_gather(_Gather.apply, info, in_dims, *args)
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, tangent: Tensor, *options: None) -> Tensor:
-        (ids,) = ctx.saved_tensors
-        return _gather()(ids, tangent, *ctx.options)
-
-
-class _Scatter(torch.autograd.Function):
-    """llmkern::embedding_backward there: it is linear in the gradient."""
-
-    setup_context = staticmethod(_save_for_double_backward)
-    backward = staticmethod(_double_backward)
-
-    @staticmethod
-    def forward(grad: Tensor, ids: Tensor, *options: Any) -> Tensor:
-        return _SCATTER(grad, ids, *options)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _map_scatter(_Scatter.apply, info, in_dims, *args)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (ids,) = ctx.saved_tensors
-        return _scatter()(tangent, ids, *ctx.options)
-
-
-torch.library.register_autograd("llmkern::embedding", _backward, setup_context=_save_for_backward)
-torch.library.register_autograd(
-    "llmkern::embedding_backward", _double_backward, setup_context=_save_for_double_backward
+_derivatives.register(
+    _GATHER, setup_context=_save_for_backward, backward=_backward, jvp=_jvp, vmap=_vmap
 )
-torch.library.register_vmap(
-    "llmkern::embedding", lambda info, in_dims, *args: _map_gather(_GATHER, info, in_dims, *args)
-)
-torch.library.register_vmap(
-    "llmkern::embedding_backward",
-    lambda info, in_dims, *args: _map_scatter(_SCATTER, info, in_dims, *args),
+_derivatives.register(
+    _SCATTER,
+    setup_context=_save_for_double_backward,
+    backward=_double_backward,
+    jvp=_backward_jvp,
+    vmap=_backward_vmap,
 )

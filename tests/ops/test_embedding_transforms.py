@@ -11,7 +11,7 @@ import llmkern
 from tests.conftest import assert_close
 
 # torch's own, the first time it is asked for derivatives in forward mode.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 N, V, D = 4, 7, 3
 OPTIONS = [
