@@ -254,7 +254,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
                            const OptionalTensor& lengths_any, const OptionalTensor& reset_any,
                            const OptionalTensor& seed, const Tensor& output, const Tensor& cells, const Tensor& gates,
                            const Tensor& normalized, const Tensor& scales, double zoneout_h, double zoneout_c,
-                           bool reverse, bool weights, const OptionalTensor& packed_any) {
+                           bool reverse, bool weights, bool need_input, const OptionalTensor& packed_any) {
   const Layer given = {input_any,   h_0_any,     c_0_any,       weight_ih_any,  weight_hh_any,
                        bias_ih_any, bias_hh_any, weight_hr_any, norm_gates_any, norm_cell_any,
                        lengths_any, reset_any,   seed,          zoneout_h,      zoneout_c};
@@ -263,8 +263,9 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
   const bool norm = given.norm_gates.has_value(), projection = given.weight_hr.has_value();
   saved_any.check(n, dtype, wide, norm);
-  if ((!weights || packed_any) && (given.lengths || !given.is_plain())) {
-    fail(kName, "expected weights=True and no packed weights beside lengths and variants");
+  const bool by_step = given.is_plain() && !given.lengths;
+  if (packed_any && !(by_step && need_input)) {
+    fail(kName, "expected no packed weights beside lengths and variants, and without the gradient of the input");
   }
   const OptionalTensor packed = row_major(packed_any);
   const void* panels = packed_weights(packed, LstmPacking::kBackward, n, dtype);
@@ -272,9 +273,9 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const Saved saved = saved_any.contiguous();
   check_values(layer.lengths, n.T);
   const Tensor& input = layer.input;
-  const Tensor grad_input = empty_recycled(input, {n.T, n.B, n.I}), grad_h_0 = empty(input, {n.B, n.P});
-  const Tensor grad_c_0 = empty(input, {n.B, n.H}),
-               grad_gates = empty_recycled_if(!weights, input, {n.T, n.B, 4 * n.H});
+  const Tensor grad_input = empty_recycled_if(need_input, input, {n.T, n.B, n.I});
+  const Tensor grad_h_0 = empty(input, {n.B, n.P}), grad_c_0 = empty(input, {n.B, n.H});
+  const Tensor grad_gates = empty_recycled_if(!weights && by_step, input, {n.T, n.B, 4 * n.H});
   const Tensor grad_weight_ih = empty_recycled_if(weights, input, {4 * n.H, n.I});
   const Tensor grad_weight_hh = empty_recycled_if(weights, input, {4 * n.H, n.P});
   const Tensor grad_bias = empty_if(weights, input, {4 * n.H});
@@ -302,8 +303,8 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
                              saved.has_gates() && norm ? data<T>(saved.normalized) : nullptr,
                              saved.has_gates() && norm ? data<Widened<T>>(saved.scales) : nullptr,
                              panels,
-                             data_if<T>(!weights, grad_gates),
-                             mutable_data<T>(grad_input),
+                             data_if<T>(!weights && by_step, grad_gates),
+                             data_if<T>(need_input, grad_input),
                              mutable_data<T>(grad_h_0),
                              mutable_data<T>(grad_c_0),
                              data_if<T>(weights, grad_weight_ih),
@@ -329,14 +330,14 @@ Tensor rows_of(const Tensor& steps) {  // [T, B, X] as [T * B, X]
   return torch::stable::view(steps, {steps.size(0) * steps.size(1), steps.size(2)});
 }
 
-LstmSizes check_cuda(const Layer& layer, const OptionalTensor& grad_cells, bool weights) {
+LstmSizes check_cuda(const Layer& layer, const OptionalTensor& grad_cells) {
   const LstmSizes n = layer.check();
   for (const OptionalTensor& tensor :
        {OptionalTensor(layer.h_0), OptionalTensor(layer.c_0), OptionalTensor(layer.weight_ih),
         OptionalTensor(layer.weight_hh), layer.bias_ih, layer.bias_hh, layer.lengths}) {
     if (tensor && !same_device(*tensor, layer.input)) fail(kName, "expected every tensor on one device");
   }
-  if (!layer.is_plain() || grad_cells.has_value() || !weights) {
+  if (!layer.is_plain() || grad_cells.has_value()) {
     fail(kName, "expected a layer without projection, layer norm, zoneout, reset and cell states on CUDA");
   }
   return n;
@@ -351,7 +352,7 @@ Forward lstm_cuda(const Tensor& input_any, const Tensor& h_0_any, const Tensor& 
   const Layer given = {input_any,   h_0_any,     c_0_any,   weight_ih_any, weight_hh_any,
                        bias_ih_any, bias_hh_any, weight_hr, norm_gates,    norm_cell,
                        lengths_any, reset,       seed,      zoneout_h,     zoneout_c};
-  const LstmSizes n = check_cuda(given, std::nullopt, true);
+  const LstmSizes n = check_cuda(given, std::nullopt);
   const OnCuda cuda(input_any);
   const Layer layer = given.contiguous();
   const Tensor& input = layer.input;
@@ -385,11 +386,11 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
                             const OptionalTensor& lengths_any, const OptionalTensor& reset, const OptionalTensor& seed,
                             const Tensor& output, const Tensor& cells, const Tensor& gates, const Tensor& normalized,
                             const Tensor& scales, double zoneout_h, double zoneout_c, bool reverse, bool weights,
-                            const OptionalTensor&) {
+                            bool need_input, const OptionalTensor&) {
   const Layer given = {input_any,   h_0_any,     c_0_any,   weight_ih_any, weight_hh_any,
                        bias_ih_any, bias_hh_any, weight_hr, norm_gates,    norm_cell,
                        lengths_any, reset,       seed,      zoneout_h,     zoneout_c};
-  const LstmSizes n = check_cuda(given, grad_cells, weights);
+  const LstmSizes n = check_cuda(given, grad_cells);
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
   const Saved saved_any = {grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, gates, normalized, scales};
   saved_any.check(n, dtype, wide, false);
@@ -400,7 +401,7 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
   const Tensor& input = layer.input;
   const Tensor grad_gates = empty(input, {n.T, n.B, 4 * n.H}), grad_cell = empty(input, {n.B, n.H}, wide);
   const Tensor grad_h_0 = empty(input, {n.B, n.H}), grad_c_0 = empty(input, {n.B, n.H});
-  const Tensor previous = empty(input, {n.T, n.B, n.H});
+  const Tensor previous = empty_if(weights, input, {n.T, n.B, n.H});
   for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cuda::run(LstmRecurrenceBackward<T>{data<T>(saved.grad_output), data<T>(saved.grad_h_n), data<T>(saved.grad_c_n),
@@ -409,21 +410,27 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
                                         mutable_data<Widened<T>>(grad_cell), mutable_data<T>(grad_gates),
                                         mutable_data<T>(grad_h_0), mutable_data<T>(grad_c_0), n.T, n.B, n.H, reverse},
               cuda.stream());
+    if (!weights) return;
     cuda::run(LstmPrevious<T>{data<T>(layer.h_0), data<T>(saved.output), data<int64_t>(layer.lengths),
                               mutable_data<T>(previous), n.T, n.B, n.H, reverse},
               cuda.stream());
   });
-  const Tensor rows = rows_of(grad_gates), columns = transposed(rows);
-  return {torch::stable::view(product(rows, layer.weight_ih), {n.T, n.B, n.I}),
+  const Tensor rows = rows_of(grad_gates), none = empty(input, {0});
+  const Tensor grad_input =
+      need_input ? torch::stable::view(product(rows, layer.weight_ih), {n.T, n.B, n.I}) : empty(input, {0});
+  if (!weights)
+    return {grad_input, grad_h_0, grad_c_0, layer.lengths ? none : grad_gates, none, none, none, none, none, none};
+  const Tensor columns = transposed(rows);
+  return {grad_input,
           grad_h_0,
           grad_c_0,
-          empty(input, {0}),
+          none,
           product(columns, rows_of(input)),
           product(columns, rows_of(previous)),
           sum_rows(rows, dtype),
-          empty(input, {0}),
-          empty(input, {0}),
-          empty(input, {0})};
+          none,
+          none,
+          none};
 }
 #endif
 
@@ -445,7 +452,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
       "Tensor h_0, Tensor c_0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
       "Tensor? weight_hr, Tensor? norm_gates, Tensor? norm_cell, Tensor? lengths, Tensor? reset, Tensor? seed, "
       "Tensor output, Tensor cells, Tensor gates, Tensor normalized, Tensor scales, float zoneout_h=0.0, "
-      "float zoneout_c=0.0, bool reverse=False, bool weights=True, Tensor? packed=None) -> (Tensor grad_input, Tensor "
+      "float zoneout_c=0.0, bool reverse=False, bool weights=True, bool need_input=True, Tensor? packed=None) -> "
+      "(Tensor grad_input, Tensor "
       "grad_h_0, "
       "Tensor grad_c_0, Tensor grad_gates, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias, "
       "Tensor grad_weight_hr, Tensor grad_norm_gates, Tensor grad_norm_cell)");

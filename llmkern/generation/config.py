@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llmkern.ops._checks import plain_number
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
@@ -60,6 +62,8 @@ class GenerationConfig:
     seed: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        for name in (*_INTEGERS, *_RANGES, "bos_token_id", "eos_token_id", "pad_token_id", "seed"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -51,15 +51,16 @@ _RANGES = {
 SETTINGS = tuple(_RANGES)
 
 
-def check_setting(name: str, value: object) -> None:
-    """Raises unless value is a number in the range of the setting ``name``."""
-    expected = _RANGES[name]
+def checked_setting(name: str, value: object) -> float:
+    """The value as a plain number; raises unless it is one, in the range of the setting ``name``."""
+    expected, value = _RANGES[name], _checks.plain_number(value)
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(
             f"llmkern.sample: expected {name} to be a number or a Tensor [B], got {type(value).__name__}"
         )
     if not expected.holds(float(value)):
         raise ValueError(f"llmkern.sample: expected {name} {expected.text}, got {value}")
+    return value  # type: ignore[return-value]
 
 
 def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
@@ -76,15 +77,13 @@ def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
             _seed.check_row_tensor(_OP, "logits", name, value, B, device)
             columns.append(value.detach().to(torch.float64).expand(B))
         else:
-            check_setting(name, value)
-            columns.append(torch.full((B,), float(value), dtype=torch.float64, device=device))
+            number = float(checked_setting(name, value))
+            columns.append(torch.full((B,), number, dtype=torch.float64, device=device))
     return torch.stack(columns, dim=1)
 
 
 def _number_settings(values: tuple[float, ...], device: torch.device) -> Tensor:
-    for name, value in zip(_RANGES, values, strict=True):
-        check_setting(name, value)
-    numbers = [float(value) for value in values]
+    numbers = [float(checked_setting(name, v)) for name, v in zip(_RANGES, values, strict=True)]
     return torch.tensor([numbers], dtype=torch.float64, device=device)
 
 

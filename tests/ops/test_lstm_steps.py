@@ -103,7 +103,7 @@ def test_errors_of_packed_weights():
 
     bad("packed to be what lstm_pack makes of weights with I, H, P = 4, 5, 5", packed[1:])
     bad("packed of dtype Double, got Float", packed.float())
-    bad("weights=True and no packed weights beside lengths", packed, torch.tensor([1, 2, 2]))
+    bad("no packed weights beside lengths", packed, torch.tensor([1, 2, 2]))
 
 
 def step_of(dtype=torch.float32, shape=(3, 7, 19), bias=True):

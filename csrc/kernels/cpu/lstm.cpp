@@ -11,8 +11,8 @@
 // is the mirror image: the product that makes dh of a panel is followed by the gate gradients of the same units.
 #include "kernels/lstm.h"
 
-#include "kernels/cpu/lstm/byte_gates.h"
 #include "kernels/cpu/lstm/backward.h"
+#include "kernels/cpu/lstm/byte_gates.h"
 #include "kernels/cpu/lstm/forward.h"
 #include "kernels/cpu/lstm/products.h"
 #include "kernels/run.h"
@@ -296,8 +296,8 @@ void backward(const LstmBackward<T>& a, const Schedule& schedule, const Parallel
     copy_narrowed(a.grad_norm_cell, norm_cell, 2 * a.H);
   }
   if (norm) normalized_input_gradients(a, schedule, state, parallel);
-  if (!has_panels<Op>(a)) input_gradient<Op>(a, schedule, grad_gates, parallel);
-  if (a.grad_weight_ih != nullptr) {
+  if (a.grad_input != nullptr && !has_panels<Op>(a)) input_gradient<Op>(a, schedule, grad_gates, parallel);
+  if (a.grad_weight_hh != nullptr) {
     weight_gradients<Op>(a, tokens, state, grad_gates, norm ? grad_hidden : grad_gates, parallel);
   }
 }
