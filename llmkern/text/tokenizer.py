@@ -359,20 +359,29 @@ class Tokenizer:
             )
         return plain
 
-    def _refuse_unknown(self, text: str) -> None:
+    def first_unknown(self, text: str) -> tuple[int, str] | None:
+        """The position and the token of the first token of a text that the vocabulary does not hold.
+
+        Positions count tokens; for ``char`` these are characters. ``bpe`` knows every text.
+        """
         if self.kind == "bpe":
+            return None
+        tokens = enumerate(self._cutter.tokens(check_text("first_unknown", text)))
+        return next((found for found in tokens if found[1] not in self._ids), None)
+
+    def _refuse_unknown(self, text: str) -> None:
+        found = self.first_unknown(text)
+        if found is None:
             return
-        for position, token in enumerate(self._cutter.tokens(text)):
-            if token not in self._ids:
-                code_point = f" (U+{ord(token):04X})" if self.kind == "char" else ""
-                remedy = f"with special_tokens=('{UNK}',)"
-                if self.unk_id is not None:
-                    remedy = "give unknown='drop' or 'replace'"
-                raise ValueError(
-                    "llmkern.text.Tokenizer.encode: expected tokens of the vocabulary "
-                    f"(V = {self.vocab_size}), got {token!r}{code_point} at position {position}; "
-                    f"train on texts that hold it, or {remedy}"
-                ) from None
+        position, token = found
+        code_point = f" (U+{ord(token):04X})" if self.kind == "char" else ""
+        remedy = "give unknown='drop' or 'replace'"
+        if self.unk_id is None:
+            remedy = f"train on texts that hold it, or with special_tokens=('{UNK}',)"
+        raise ValueError(
+            "llmkern.text.Tokenizer.encode: expected tokens of the vocabulary "
+            f"(V = {self.vocab_size}), got {token!r}{code_point} at position {position}; {remedy}"
+        ) from None
 
 
 class _Corpus:
