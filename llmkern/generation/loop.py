@@ -152,10 +152,11 @@ def _encode(tokenizer: Tokenizer, text: str, unknown: Unknown | None) -> list[in
     )
     found = tokenizer.first_unknown(text) if refuses else None
     if found:
-        name = "word" if is_word else "character"
+        position, token = found
+        name, code = ("words", "") if is_word else ("characters", f" (U+{ord(token):04X})")
         raise ValueError(
-            f"llmkern.generate: the prompt's {name} {found[1]!r} at position {found[0]} is not among the "
-            f"{tokenizer.vocab_size} the model was trained on; unknown='drop' leaves it out"
+            f"llmkern.generate: expected a prompt of {name} that the model knows, got {token!r}{code} at position "
+            f"{position}, not among the {tokenizer.vocab_size} it was trained on; unknown='drop' leaves it out"
         )
     return tokenizer.encode(text, unknown)
 

@@ -154,7 +154,7 @@ def test_unknown_characters_of_a_prompt():
     known = model.generate("the cat", max_new_tokens=5, seed=1)
     assert model.generate("tQhe cZat", max_new_tokens=5, seed=1, unknown="drop") == known
     for unknown in (None, "error", "replace"):
-        with pytest.raises(ValueError, match="character 'Q' at position 1 is not among the"):
+        with pytest.raises(ValueError, match=r"got 'Q' \(U\+0051\) at position 1, not among the"):
             model.generate("tQhe cat", unknown=unknown)
     with pytest.raises(ValueError, match=r"unknown to be one of \('error', 'drop', 'replace'\)"):
         model.generate("the", unknown="skip")
@@ -171,7 +171,7 @@ def test_unknown_words_of_a_prompt():
     the, cat = model.tokenizer.encode("the cat")
     assert prompt("the quark cat") == prompt("the quark cat", unknown="replace") == [the, unk, cat]
     assert prompt("the quark cat", unknown="drop") == [the, cat]
-    with pytest.raises(ValueError, match="word 'quark' at position 1 is not among the"):
+    with pytest.raises(ValueError, match="got 'quark' at position 1, not among the"):
         prompt("the quark cat", unknown="error")
 
 
@@ -262,7 +262,7 @@ def test_an_unknown_character_is_named():
     model = toys.model(len(known)).eval()
     model.tokenizer = with_unknown
     with pytest.raises(
-        ValueError, match=rf"character 'Q' at position 4 is not among the {len(known)}"
+        ValueError, match=rf"got 'Q' \(U\+0051\) at position 4, not among the {len(known)}"
     ):
         model.generate("the Q")
 
