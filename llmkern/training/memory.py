@@ -17,12 +17,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def bytes_asked_for(error: BaseException) -> str:
-    """The bytes that an allocation failed on, for people: "655,360 bytes (0.0 GiB)"; empty if it does not say."""
+    """The bytes that an allocation failed on, for people: "4,294,967,296 bytes (4.0 GiB)"; empty if it does not say."""
     found = _BYTES.search(str(error))
     if found is None:
         return ""
     count = int(found[1])
-    return f"{count:,} bytes ({count / 2**30:.1f} GiB)"
+    gibibytes = f" ({count / 2**30:.1f} GiB)" if count >= 2**27 else ""
+    return f"{count:,} bytes{gibibytes}"
 
 
 def reraise_out_of_memory(error: Exception, where: str, **settings: int | None) -> NoReturn:

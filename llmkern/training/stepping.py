@@ -81,4 +81,3 @@ class Stepper:
                 f"its update. Lower learning_rate (now {self.learning_rate.value:g}) or clip the gradient harder "
                 f"(max_grad_norm, now {self._arguments.max_grad_norm})"
             )
-

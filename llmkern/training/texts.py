@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from llmkern.text import contiguous_lanes
 
-
 # Lanes of a training batch where the user names none: at most so many, and so few that an epoch has so many steps.
 _MOST_LANES, _STEPS_OF_AN_EPOCH = 32, 20
 

@@ -74,8 +74,8 @@ class Trainer:
     from step to step through the whole epoch; the gradient stops at the window's edge.
 
     With an ``output_dir`` the run leaves there: the checkpoint (last state), the model with the best validation loss
-    (the newest one without validation text), log.jsonl, tb/ and, if ``source`` is given, data.json. A run resumed from its checkpoint gives the same bits
-    as one that was never stopped.
+    (the newest one without validation text), log.jsonl, tb/ and, if ``source`` is given, data.json. A run resumed from
+    its checkpoint gives the same bits as one that was never stopped.
 
     Args:
         model: a module with ``loss(ids [B, T], targets [B, T], state) -> (mean loss, state)``, state None at first.
