@@ -130,7 +130,9 @@ def test_the_whole_command_line_may_be_repeated(llmkern):
     assert llmkern(*line, 2).exit_code == 0
     done = llmkern(*line, 4, "--resume")
     assert done.exit_code == 0, done.output
-    assert load_checkpoint("run")["arguments"]["epochs"] == PRESETS["zaremba-small"].training["epochs"]
+    assert (
+        load_checkpoint("run")["arguments"]["epochs"] == PRESETS["zaremba-small"].training["epochs"]
+    )
 
 
 @pytest.fixture
