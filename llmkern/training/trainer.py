@@ -386,7 +386,7 @@ class Trainer:
     def _save_source(self) -> None:
         """Writes where the texts come from, for whoever evaluates the model later."""
         if self.output_dir is not None and self.source is not None:
-            text = json.dumps(self.source, indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(self.source, indent=2) + "\n"
             write_files(self.output_dir, {DATA_NAME: text.encode()})
 
     def _export(self) -> None:
