@@ -8,6 +8,7 @@ import torch
 
 from llmkern.models import LanguageModel
 from llmkern.training import Trainer, TrainingArguments, evaluate, load_checkpoint
+from llmkern.training.state import TrainingState
 from tests.models import toys
 from tests.training.test_resume import assert_same_run, stop_after
 from tests.training.test_trainer import VALID, WORDS, log_of, trainer
@@ -94,14 +95,18 @@ def test_validation_in_mid_epoch_is_resumed_to_the_bit(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_patience_does_not_depend_on_where_a_run_was_stopped(tmp_path):
+def test_patience_does_not_depend_on_where_a_run_was_stopped():
     """A good validation at a stop in mid-epoch must not make the next epoch look like one without gain."""
-    settings = {"epochs": 4, "patience": 1}
-    whole = trainer(output_dir=tmp_path / "whole", **settings).train()
-    trainer(output_dir=tmp_path / "parts", max_steps=EPOCH + 8, **settings).train()
-    parts = trainer(output_dir=tmp_path / "parts", **settings).train(resume=True)
-    assert parts.history == whole.history
-    assert parts.stop_reason == whole.stop_reason
+    state = TrainingState()
+    waited = []
+    for losses in ([3.0], [2.0, 2.5], [2.4], [2.6]):  # of an epoch, the last one at its end
+        state.add(3.0, tokens=10, learning_rate=0.1, position=5)
+        for loss in losses:
+            state.validated(loss)
+        state.end_epoch(losses[-1])
+        waited.append(state.epochs_without_gain)
+    assert waited == [0, 0, 0, 1]
+    assert (state.best_loss, state.best_step) == (2.0, 2)
 
 
 def test_without_a_validation_text_a_stop_keeps_the_newest(tmp_path):
