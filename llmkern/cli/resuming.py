@@ -17,10 +17,11 @@ from llmkern.training.arguments import RESUMABLE
 _FLAGS = {
     "tie_weights": ("--tied", "--untied"),
     "lowercase": ("--lowercase", "--no-lowercase"),
+    "unk": ("--unk", "--no-unk"),
     "tensorboard": ("--tensorboard", "--no-tensorboard"),
 }
 # What the tokenizer's options are where a run was begun without them.
-_TOKENIZER_DEFAULTS = {"min_frequency": 1, "lowercase": False}
+_TOKENIZER_DEFAULTS = {"min_frequency": 1, "lowercase": False, "unk": False}
 
 
 class Resumed(NamedTuple):

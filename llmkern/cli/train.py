@@ -30,7 +30,7 @@ from llmkern.training.arguments import (
 )
 from llmkern.training.texts import checked_lanes, default_eval_batch_size
 
-_TOKENIZER_OPTIONS = ("vocab_size", "min_frequency", "lowercase")
+_TOKENIZER_OPTIONS = ("vocab_size", "min_frequency", "lowercase", "unk")
 _MODEL_OPTIONS = (
     *("embedding_dim", "hidden_size", "num_layers", "dropout", "tie_weights", "init_range"),
 )
@@ -83,6 +83,12 @@ def train(
         int | None, _option("Tokenizer", "Leave out tokens rarer than this; default: 1.")
     ] = None,
     lowercase: Annotated[bool | None, _option("Tokenizer", "Lower-case the text.")] = None,
+    unk: Annotated[
+        bool | None,
+        _option(
+            "Tokenizer", "Have a token for characters that only other texts hold.", "--unk/--no-unk"
+        ),
+    ] = None,
     embedding_dim: Annotated[
         int | None, _option("Model", "Width of the embedding; default: 256.")
     ] = None,
@@ -197,12 +203,17 @@ def train(
         if overwrite:
             clear(output)
         check_unused(output)
-        model, words, arguments = _new(splits, *options)
+        model, words, arguments = _new(splits, *options, show=not quiet)
         source = data_record(path, splits, fraction, options.tokenizer)
     else:
         model, words, arguments, source = saved
         source = data_record(path, splits, fraction, source.get("tokenizer", {}))
-    texts = {name: encode(words, text) for name, text in splits._asdict().items() if text}
+    texts = {
+        name: encode(words, text, f"the {name} text", show=not quiet)
+        for name, text in splits._asdict().items()
+        if text
+    }
+    del splits  # as large as the ids
     trainer = Trainer(
         model.to(torch_device),
         arguments,
@@ -287,10 +298,15 @@ def _test_lanes(trainer: Trainer, texts: dict[str, Encoded]) -> int:
 
 
 def _new(
-    splits: Splits, tokenizer: dict[str, Any], model: dict[str, Any], training: dict[str, Any]
+    splits: Splits,
+    tokenizer: dict[str, Any],
+    model: dict[str, Any],
+    training: dict[str, Any],
+    *,
+    show: bool,
 ) -> tuple[LanguageModel, Tokenizer, TrainingArguments]:
     arguments = TrainingArguments(**({"seed": secrets.randbelow(2**31)} | training))
-    words = train_tokenizer(splits, **({"kind": "char"} | tokenizer))
+    words = train_tokenizer(splits, show=show, **({"kind": "char"} | tokenizer))
     torch.manual_seed(arguments.seed)
     return LanguageModel(words.vocab_size, **model), words, arguments
 

@@ -150,7 +150,7 @@ def _encode(tokenizer: Tokenizer, text: str, unknown: Unknown | None) -> list[in
     refuses = unknown == "error" or (
         unknown != "drop" and (tokenizer.unk_id is None or (unknown is None and not is_word))
     )
-    found = tokenizer.first_unknown(text) if refuses else None
+    found = next(tokenizer.unknown_tokens(text), None) if refuses else None
     if found:
         position, token = found
         name, code = ("words", "") if is_word else ("characters", f" (U+{ord(token):04X})")

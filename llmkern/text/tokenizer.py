@@ -359,25 +359,24 @@ class Tokenizer:
             )
         return plain
 
-    def first_unknown(self, text: str) -> tuple[int, str] | None:
-        """The position and the token of the first token of a text that the vocabulary does not hold.
+    def unknown_tokens(self, text: str) -> Iterator[tuple[int, str]]:
+        """The position and the form of every token of a text that the vocabulary does not hold.
 
         Positions count tokens; for ``char`` these are characters. ``bpe`` knows every text.
         """
-        if self.kind == "bpe":
-            return None
-        tokens = enumerate(self._cutter.tokens(check_text("first_unknown", text)))
-        return next((found for found in tokens if found[1] not in self._ids), None)
+        check_text("unknown_tokens", text)
+        tokens = () if self.kind == "bpe" else self._cutter.tokens(text)
+        return (found for found in enumerate(tokens) if found[1] not in self._ids)
 
     def _refuse_unknown(self, text: str) -> None:
-        found = self.first_unknown(text)
+        found = next(self.unknown_tokens(text), None)
         if found is None:
             return
         position, token = found
         code_point = f" (U+{ord(token):04X})" if self.kind == "char" else ""
         remedy = "give unknown='drop' or 'replace'"
         if self.unk_id is None:
-            remedy = f"train on texts that hold it, or with special_tokens=('{UNK}',)"
+            remedy = f"train on texts that hold it, or with special_tokens=('{UNK}',) (--unk)"
         raise ValueError(
             "llmkern.text.Tokenizer.encode: expected tokens of the vocabulary "
             f"(V = {self.vocab_size}), got {token!r}{code_point} at position {position}; {remedy}"

@@ -81,8 +81,8 @@ class Trainer:
         model: a module with ``loss(ids [B, T], targets [B, T], state) -> (mean loss, state)``, state None at first.
             Models of llmkern are also saved with ``save_pretrained``.
         arguments: how to train.
-        train_ids: the text, int64 [N].
-        valid_ids: the validation text, int64 [M]; None trains without.
+        train_ids: the text, int64 or int32 [N].
+        valid_ids: the validation text, int64 or int32 [M]; None trains without.
         output_dir: the run's folder, made if need be; None writes nothing.
         tokenizer: saved in the checkpoint and with the model.
         source: where the texts come from, as JSON holds it; saved in the checkpoint and as data.json.
