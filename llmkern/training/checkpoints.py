@@ -18,7 +18,7 @@ import torch
 from llmkern._files import write_files
 
 FORMAT = "llmkern.checkpoint"
-VERSION = 1
+VERSION = 2
 _NAME = "checkpoint-{:010d}.pt"
 _PATTERN = re.compile(r"checkpoint-(\d{10})\.pt")
 

@@ -12,6 +12,7 @@ from typing_extensions import Self
 from llmkern._optional import require
 
 LOG_NAME, TENSORBOARD_NAME = "log.jsonl", "tb"
+DATA_NAME = "data.json"  # which texts a run was given; the trainer writes it beside them
 
 
 class RunLog:

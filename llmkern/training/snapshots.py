@@ -2,17 +2,34 @@
 """From a trainer to the content of its checkpoint, and back."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import torch
+from torch import nn
+
+from llmkern.text import Tokenizer
 from llmkern.training.arguments import TrainingArguments
 from llmkern.training.checkpoints import load_checkpoint, random_state, set_random_state
 from llmkern.training.state import TrainingState
-
-if TYPE_CHECKING:
-    from llmkern.training.trainer import Trainer
+from llmkern.training.stepping import Stepper
 
 
-def take(trainer: "Trainer") -> dict[str, Any]:
+class Run(Protocol):
+    """What a snapshot reads and restores: a trainer."""
+
+    model: nn.Module
+    arguments: TrainingArguments
+    tokenizer: Tokenizer | None
+    output_dir: Path | None
+    device: torch.device
+    data: dict[str, Any]
+    source: dict[str, Any] | None
+    state: TrainingState
+    stepper: Stepper
+
+
+def take(trainer: Run) -> dict[str, Any]:
     """Everything the next step depends on, and what builds the same trainer again."""
     tokenizer = trainer.tokenizer
     return {
@@ -21,6 +38,7 @@ def take(trainer: "Trainer") -> dict[str, Any]:
         "tokenizer": None if tokenizer is None else tokenizer.to_json(),
         "arguments": asdict(trainer.arguments),
         "data": trainer.data,
+        "source": trainer.source,
         "state": trainer.state.to_dict(),
         "model": trainer.model.state_dict(),
         "optimizer": trainer.stepper.optimizer.state_dict(),
@@ -30,7 +48,7 @@ def take(trainer: "Trainer") -> dict[str, Any]:
     }
 
 
-def restore(trainer: "Trainer") -> None:
+def restore(trainer: Run) -> None:
     """Puts a trainer where its newest checkpoint was taken.
 
     Raises:
@@ -50,10 +68,11 @@ def restore(trainer: "Trainer") -> None:
     trainer.stepper.learning_rate.load_state_dict(content["learning_rate"])
     trainer.stepper.hidden = content["hidden"]
     trainer.state = TrainingState(**content["state"])
+    trainer.source = content["source"] if trainer.source is None else trainer.source
     set_random_state(content["random"])
 
 
-def _check_same_run(trainer: "Trainer", content: dict[str, Any]) -> None:
+def _check_same_run(trainer: Run, content: dict[str, Any]) -> None:
     where = f"llmkern.Trainer: the checkpoint in {trainer.output_dir}"
     changes = trainer.arguments.changes(TrainingArguments(**content["arguments"]))
     if changes:
