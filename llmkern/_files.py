@@ -38,7 +38,7 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes | bytearray | m
             _write(temporary, data)
         for name, temporary in written.items():
             os.replace(temporary, folder / name)
-        _flush_folder(folder)
+        flush_folder(folder)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -104,7 +104,7 @@ def _write(path: Path, data: bytes | bytearray | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """A rename survives a power cut only once the folder itself is on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

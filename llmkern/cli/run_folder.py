@@ -2,32 +2,12 @@
 """The folder of a run: is it free, what was in it, and how to go on from it."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
 from llmkern.models import LanguageModel
-from llmkern.models.pretrained import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 from llmkern.text import Tokenizer
 from llmkern.training import TrainingArguments, list_checkpoints, load_checkpoint
-from llmkern.training.run_log import LOG_NAME, TENSORBOARD_NAME
-
-
-def check_unused(folder: Path) -> None:
-    """Raises a FileExistsError if a run lives here."""
-    if list_checkpoints(folder):
-        raise FileExistsError(
-            f"--output: {folder} holds a run; give --resume to go on with it, --overwrite to replace it"
-        )
-
-
-def clear(folder: Path) -> None:
-    """Removes the files a run writes, and nothing else."""
-    for path in list_checkpoints(folder):
-        path.unlink()
-    for name in (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, LOG_NAME):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / TENSORBOARD_NAME, ignore_errors=True)
 
 
 def resumed(

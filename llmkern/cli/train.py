@@ -12,12 +12,13 @@ import typer
 
 from llmkern.cli.corpus import Encoded, checked_device, encode, train_tokenizer
 from llmkern.cli.presets import PRESETS
-from llmkern.cli.run_folder import check_unused, clear, resumed
+from llmkern.cli.run_folder import resumed
 from llmkern.models import LanguageModel
 from llmkern.text import Splits, Tokenizer, language_modeling_splits
 from llmkern.text.backends import KINDS
 from llmkern.training import Trainer, TrainingArguments, TrainingResult, evaluate, perplexity
 from llmkern.training.arguments import LOSS_REDUCTIONS, OPTIMIZERS, PRECISIONS, SCHEDULES
+from llmkern.training.run_folder import check_folder
 
 _TOKENIZER_OPTIONS = ("vocab_size", "min_frequency", "lowercase")
 _MODEL_OPTIONS = (
@@ -158,13 +159,11 @@ def train(
     if overwrite and resume:
         raise ValueError("expected --resume or --overwrite, got both")
     options = _options(given)
+    check_folder(output, resume=resume, overwrite=overwrite)
     splits = language_modeling_splits(path, valid_fraction=valid_fraction)
     if resume:
         model, words, arguments = resumed(output, *options)
     else:
-        if overwrite:
-            clear(output)
-        check_unused(output)
         model, words, arguments = _new(splits, *options)
     texts = {name: encode(words, text) for name, text in splits._asdict().items() if text}
     if not quiet:
@@ -178,7 +177,7 @@ def train(
         tokenizer=words,
         show_progress=not quiet,
     )
-    result = trainer.train(resume=resume)
+    result = trainer.train(resume=resume, overwrite=overwrite)
     _report(result, output, path)
     if result.stop_reason == "interrupted":
         raise typer.Exit(130)

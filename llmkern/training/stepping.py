@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.training.arguments import TrainingArguments
+from llmkern.training.carried import Hidden, detached
 from llmkern.training.optimization import LearningRate, make_optimizer
-from llmkern.training.state import Hidden, detached
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
