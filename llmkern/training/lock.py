@@ -73,42 +73,47 @@ class RunLock:
         os.close(self._file)
 
     def _taken(self) -> int:
-        file = self._by_flock() if fcntl is not None else None
-        return self._by_existence() if file is None else file
-
-    def _by_flock(self) -> int | None:
-        """The locked file; None where the file system knows no locks."""
+        """The file, open and held."""
         while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                owner = _read(file)
-                os.close(file)
-                raise self._in_use(owner) from error
-            except OSError:
-                os.close(file)
-                return None
-            if _is_at(file, self._path):
-                return file
-            os.close(file)  # its owner removed it between our two calls
-
-    def _by_existence(self) -> int:
-        for _ in range(2):
-            with contextlib.suppress(FileExistsError):
-                return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            file = os.open(self._path, os.O_RDWR)
+            file, is_new = _opened(self._path)
             owner = _read(file)
-            if _is_dead(owner):
+            is_held = _flocked(file)
+            if is_held is None:
+                is_held = is_new or _is_dead(owner)
+            if is_held and _is_at(file, self._path):
                 return file
             os.close(file)
-        raise self._in_use(owner)
+            if not is_held:
+                raise self._in_use(owner)
+            # Its owner removed it between our two calls: what we hold is nobody's lock.
 
     def _in_use(self, owner: dict[str, Any]) -> RuntimeError:
         return RuntimeError(
             f"llmkern.Trainer: {self._path.parent} is in use by {_described(owner)}; wait for its end or train "
             f"elsewhere (its lock is {self._path})"
         )
+
+
+def _opened(path: Path) -> tuple[int, bool]:
+    """The file, and whether it was made for that."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+        with contextlib.suppress(FileNotFoundError):  # removed since
+            return os.open(path, os.O_RDWR), False
+
+
+def _flocked(file: int) -> bool | None:
+    """Whether the kernel gave the lock; None where the system or the file system knows no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def _myself() -> dict[str, Any]:
