@@ -58,11 +58,12 @@ def encode(tokenizer: Tokenizer, text: str) -> Encoded:
     return Encoded(torch.tensor(ids, dtype=torch.int64), len(text) / max(1, len(ids)))
 
 
-def text_to_evaluate(path: Path, split: str | None) -> tuple[str, str]:
+def text_to_evaluate(path: Path, split: str | None, valid_fraction: float) -> tuple[str, str]:
     """The text that ``llmkern evaluate`` reads, and its name.
 
     Args:
         path: a file or a folder.
+        valid_fraction: the share of a single file that the split "valid" is.
         split: "train", "valid" or "test"; None is a whole file, or a folder's test text if it has one, else its
             validation text.
 
@@ -73,7 +74,7 @@ def text_to_evaluate(path: Path, split: str | None) -> tuple[str, str]:
         return read_text(path), path.name
     if split not in (None, *Splits._fields):
         raise ValueError(f"--split: expected one of {', '.join(Splits._fields)}, got {split}")
-    splits = language_modeling_splits(path)
+    splits = language_modeling_splits(path, valid_fraction=valid_fraction)
     if split is None:
         split = "valid" if splits.test is None else "test"
     text = getattr(splits, split)

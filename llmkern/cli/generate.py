@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """llmkern generate: a model writes on from a prompt."""
 
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llmkern.cli.corpus import checked_device
+from llmkern.cli.terminal import as_text
 from llmkern.models import GenerationConfig, LanguageModel, TextStreamer
 from llmkern.text import Tokenizer
 
@@ -47,7 +49,10 @@ def generate(
     allow_unk: Annotated[
         bool, typer.Option("--allow-unk", help="Let the model write its unknown-word token.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same seed writes the same text; default: drawn and printed."),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, auto.")
     ] = "auto",
@@ -56,6 +61,9 @@ def generate(
 
     Example: llmkern generate run --prompt 今天天气非常好 --max-new-tokens 60 --temperature 0.8 --seed 1
     """
+    is_drawn = seed is None and temperature > 0
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    prompt, stop = as_text(prompt), [as_text(text) for text in stop or ()]
     model = LanguageModel.from_pretrained(run, checked_device(device))
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -75,16 +83,18 @@ def generate(
         frequency_penalty=frequency_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
         num_return_sequences=num_return_sequences,
-        stop_strings=stop or (),
+        stop_strings=stop,
         suppress_tokens=[token for token in never if token is not None],
         seed=seed,
     )
     if num_return_sequences == 1:
         model.generate(prompt, config, streamer=TextStreamer(tokenizer))
         print()
-        return
-    for number, text in enumerate(model.generate(prompt, config), 1):
-        print(f"--- {number}\n{text}")
+    else:
+        for number, text in enumerate(model.generate(prompt, config), 1):
+            print(f"--- {number}\n{text}")
+    if is_drawn:
+        print(f"llmkern: seed {seed}", file=sys.stderr)
 
 
 def _warn_about_unknown_words(tokenizer: Tokenizer, prompt: str) -> None:

@@ -115,6 +115,11 @@ class RunFolder:
         self._lock.__exit__(kind, error, trace)
         self._lock = None
 
+    @property
+    def is_beside_another(self) -> bool:
+        """Whether the run that is to be replaced is still there."""
+        return self._replaced is not None
+
     def settle(self) -> None:
         """Puts the run in the place of the one that it replaces, if it does; call it after a checkpoint worth that.
 

@@ -3,12 +3,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from llmkern.models.building import shortened
 from llmkern.models.pretrained import PretrainedMixin
+from llmkern.text import Tokenizer
 from llmkern.training import restoring
 from llmkern.training.arguments import TrainingArguments
 from llmkern.training.carried import packed, unpacked
@@ -21,10 +23,8 @@ from llmkern.training.checkpoints import (
     unusable,
 )
 from llmkern.training.optimization import make_optimizer
-
-if TYPE_CHECKING:
-    from llmkern.training.trainer import Trainer
-
+from llmkern.training.state import TrainingState
+from llmkern.training.stepping import Stepper
 
 # The parts of a checkpoint, and their types.
 _PARTS: dict[str, type | tuple[type, ...]] = {
@@ -34,6 +34,7 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
     "arguments": dict,
     "files": list,
     "data": dict,
+    "source": (dict, type(None)),
     "state": dict,
     "model": dict,
     "optimizer": dict,
@@ -43,6 +44,20 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+class Run(Protocol):
+    """What a snapshot reads and restores: a trainer."""
+
+    model: nn.Module
+    arguments: TrainingArguments
+    tokenizer: Tokenizer | None
+    output_dir: Path | None
+    device: torch.device
+    data: dict[str, Any]
+    source: dict[str, Any] | None
+    state: TrainingState
+    stepper: Stepper
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module that torch.compile was given, which has the same parameters under their own names; else the model."""
     found = getattr(model, "_orig_mod", model)
@@ -50,7 +65,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return found
 
 
-def take(trainer: "Trainer", files: frozenset[str]) -> dict[str, Any]:
+def take(trainer: Run, files: frozenset[str]) -> dict[str, Any]:
     """Everything the next step depends on, what builds the same trainer again, and which files the run writes."""
     tokenizer = trainer.tokenizer
     model = uncompiled(trainer.model)
@@ -62,6 +77,7 @@ def take(trainer: "Trainer", files: frozenset[str]) -> dict[str, Any]:
         "arguments": asdict(trainer.arguments),
         "files": sorted(files),
         "data": trainer.data,
+        "source": trainer.source,
         "state": trainer.state.to_dict(),
         "model": model.state_dict(),
         "optimizer": trainer.stepper.optimizer.state_dict(),
@@ -87,7 +103,7 @@ def read(folder: Path, device: Any = "cpu") -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
-def restore(trainer: "Trainer", columns: int) -> None:
+def restore(trainer: Run, columns: int) -> None:
     """Puts a trainer where its newest checkpoint was taken.
 
     Args:
@@ -123,6 +139,7 @@ def restore(trainer: "Trainer", columns: int) -> None:
     with reading(path, "what it carries from step to step is not this model's"):
         stepper.hidden = unpacked(content["hidden"])
         _check_hidden(trainer)
+    trainer.source = content["source"] if trainer.source is None else trainer.source
     with reading(path, "its random numbers are none"):
         set_random_state(content["random"])
 
@@ -132,7 +149,7 @@ def _named(kind: type | tuple[type, ...]) -> str:
     return " or ".join(k.__name__ for k in kinds)
 
 
-def _check_hidden(trainer: "Trainer") -> None:
+def _check_hidden(trainer: Run) -> None:
     """Compares shapes where the model says how its state begins."""
     initial_state = getattr(trainer.model, "initial_state", None)
     if initial_state is not None and trainer.state.position > 0:
@@ -140,7 +157,7 @@ def _check_hidden(trainer: "Trainer") -> None:
         restoring.check_alike(mine, trainer.stepper.hidden, "the state")
 
 
-def _check_same_run(trainer: "Trainer", saved: TrainingArguments, data: dict[str, Any]) -> None:
+def _check_same_run(trainer: Run, saved: TrainingArguments, data: dict[str, Any]) -> None:
     where = f"llmkern.Trainer: the checkpoint in {trainer.output_dir}"
     changes = trainer.arguments.changes(saved)
     if changes:

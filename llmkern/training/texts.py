@@ -8,6 +8,22 @@ from torch import Tensor, nn
 
 from llmkern.text import contiguous_lanes
 
+# Lanes of a training batch where the user names none: at most so many, and so few that an epoch has so many steps.
+_MOST_LANES, _STEPS_OF_AN_EPOCH = 32, 20
+
+
+def default_batch_size(tokens: int, bptt: int) -> int:
+    """How many lanes a training text is cut into unless the user says: fewer where it is short.
+
+    A text of 800 tokens in 32 lanes has one step an epoch, on lanes of 25 tokens: that trains nothing.
+    """
+    return max(1, min(_MOST_LANES, tokens // (bptt * _STEPS_OF_AN_EPOCH)))
+
+
+def default_eval_batch_size(tokens: int, bptt: int, batch_size: int) -> int:
+    """Likewise for a text to score: every lane begins without context, so it should last a window at least."""
+    return max(1, min(batch_size, tokens // bptt))
+
 
 def checked_lanes(name: str, ids: Tensor, option: str, batch_size: int, model: nn.Module) -> Tensor:
     """The text as lanes [B, N // B].
@@ -41,6 +57,6 @@ def checked_lanes(name: str, ids: Tensor, option: str, batch_size: int, model: n
 
 
 def fingerprint(ids: Tensor) -> dict[str, Any]:
-    """Length and SHA-256 of a text: a run goes on with the text it began with."""
+    """Length and SHA-256 of a text's ids: a run goes on with the text it began with."""
     values = ids.detach().cpu().contiguous().numpy()
     return {"length": ids.numel(), "sha256": hashlib.sha256(values.data).hexdigest()}

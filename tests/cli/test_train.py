@@ -27,7 +27,7 @@ def test_a_file_in_a_run_folder_out(llmkern):
     assert "stopped by epochs after step 18, epoch 2" in done.stdout
     assert "llmkern generate deep/run" in done.stdout
     names = {path.name for path in Path("deep/run").iterdir()}
-    files = {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl", "tb"}
+    files = {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl", "tb", "data.json"}
     assert names == files | {"checkpoint-0000000018.pt"}
     epochs = [json.loads(line) for line in Path("deep/run/log.jsonl").read_text().splitlines()]
     best = min(e["valid_loss"] for e in epochs if e["event"] == "epoch")
@@ -87,12 +87,12 @@ def test_every_option_arrives(llmkern):
         "max_grad_value": 2.0,
         "lr_schedule": "decay",
         "lr_decay": 0.5,
-        "lr_decay_after": 1,
-        "warmup_steps": 3,
+        "lr_decay_after": 2,
         "loss_reduction": "sum_time",
         "patience": 4,
         "seed": 9,
         "eval_batch_size": 4,
+        "eval_every_steps": 2,
         "save_every_steps": 3,
         "keep": 2,
         "max_steps": 7,
@@ -233,10 +233,10 @@ def test_a_run_is_replaced_only_when_asked(trained, fails):
     [
         (
             ["--hidden-size", 20],
-            "--resume: expected --hidden-size 16 as in the run's checkpoint, got 20",
+            "--resume: expected --hidden-size 16 as in the run's checkpoint, got --hidden-size 20",
         ),
         (["--tokenizer", "word"], "--resume: expected --tokenizer char as in the run's"),
-        (["--bptt", 13], "trained with other settings: expected bptt 12, got 13"),
+        (["--bptt", 13], "--resume: expected --bptt 12 as in the run's checkpoint, got --bptt 13"),
         (["--overwrite"], "expected --resume or --overwrite, got both"),
     ],
     ids=str,

@@ -82,7 +82,7 @@ class Evil:
 def test_a_strangers_file_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "checkpoint-0000000001.pt"
-    torch.save({"format": checkpoints.FORMAT, "version": 2, "evil": Evil()}, path)
+    torch.save({"format": checkpoints.FORMAT, "version": checkpoints.VERSION, "evil": Evil()}, path)
     with pytest.raises(ValueError, match="it is no checkpoint"):
         load_checkpoint(path)
     assert not (tmp_path / "evil").exists()
