@@ -65,8 +65,8 @@ class CommandGroup(PlainFlags, TyperGroup):
     def _failure(self, error: Exception) -> str:
         """The message, with what to lower where there was too little memory."""
         message = _message(error)
-        if not is_out_of_memory(error) or "; lower " in message:
-            return message
+        if not is_out_of_memory(error) or (isinstance(error, MemoryError) and error.args):
+            return message  # the trainer's own says it all
         count = bytes_asked_for(error)
         asked = f", {count} more were asked for" if count else ""
         lower = _TO_LOWER.get(self._running)

@@ -97,8 +97,8 @@ def _doubt(record: dict[str, Any], path: Path, split: str | None, text: str, nam
         return f"{name} is what the model was trained on: this is no measure of other texts"
     if share:
         return f"the first {share:.0%} of {name} is what the model was trained on; --split valid scores the rest"
-    is_the_runs = str(path.absolute()) in record["paths"] and split is not None
-    if is_the_runs and has_changed(record, split, text):
+    is_the_runs = str(path.absolute()) in record["paths"]
+    if split is not None and is_the_runs and has_changed(record, split, text):
         return f"{name} has changed since the run: a part of it may have been trained on"
     return ""
 

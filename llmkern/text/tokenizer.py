@@ -257,8 +257,13 @@ class Tokenizer:
         specials = "".join(f", {name}_id={id}" for name, id in named.items() if id is not None)
         return f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size}{specials})"
 
-    def _visible(self, ids: Iterable[int]) -> list[Any]:
-        """What each id adds to the text, str or (bpe) bytes; ids that add nothing are left out."""
+    def visible_forms(self, ids: Iterable[int]) -> list[Any]:
+        """What each id adds to the text, str or (bpe) bytes; ids that add nothing are left out.
+
+        Raises:
+            IndexError: As ``decode``.
+            TypeError: As ``decode``.
+        """
         forms = self._forms
         return [form for id in self._check_ids("decode", ids) if (form := forms[id])]
 

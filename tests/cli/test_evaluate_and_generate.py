@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """llmkern evaluate and llmkern generate say what the library says."""
 
+import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -44,6 +46,64 @@ def test_evaluate_chooses_the_split(trained):
         assert value(done.stdout, "tokens") == str(tokens), done.output
     Path("corpus/test.txt").unlink()
     assert value(trained("evaluate", "run", "corpus").stdout, "tokens") == "590"
+
+
+def test_evaluate_scores_the_text_that_the_run_held_out(llmkern):
+    llmkern("train", "text.txt", "--output", "run", *SMALL, "--valid-fraction", 0.2)
+    held_out = toys.TEXT[int(len(toys.TEXT) * 0.8) :]
+    record = json.loads(Path("run/data.json").read_text())
+    assert record["paths"] == [str(Path("text.txt").absolute())]
+    assert (record["rule"], record["valid_fraction"]) == ("end of file", 0.2)
+    assert record["texts"]["valid"] == {
+        "characters": len(held_out),
+        "sha256": hashlib.sha256(held_out.encode()).hexdigest(),
+    }
+    for command in (["text.txt", "--split", "valid"], ["--split", "valid"], []):
+        done = llmkern("evaluate", "run", *command, "--batch-size", 1)
+        assert value(done.stdout, "tokens") == str(len(held_out) - 1)
+        assert done.stderr == ""
+
+
+def test_evaluate_says_when_a_text_was_trained_on(llmkern):
+    llmkern("train", "text.txt", "--output", "run", *SMALL, "--valid-fraction", 0.25)
+    done = llmkern("evaluate", "run", "text.txt")
+    assert (
+        "the first 75% of text.txt is what the model was trained on; --split valid" in done.stderr
+    )
+    done = llmkern("evaluate", "run", "--split", "train")
+    assert "text.txt (train) is what the model was trained on" in done.stderr
+    Path("copy.txt").write_text(toys.TEXT[: int(len(toys.TEXT) * 0.75)])
+    assert (
+        "copy.txt is what the model was trained on" in llmkern("evaluate", "run", "copy.txt").stderr
+    )
+    Path("other.txt").write_text(toys.TEXT[::-1])
+    assert llmkern("evaluate", "run", "other.txt").stderr == ""
+    Path("text.txt").write_text(toys.TEXT[:-100])
+    done = llmkern("evaluate", "run", "--split", "valid")
+    assert "text.txt (valid) has changed since the run" in done.stderr
+
+
+def test_evaluate_without_the_runs_record(trained, fails):
+    Path("run/data.json").unlink()
+    done = trained("evaluate", "run", "text.txt", "--split", "valid", "--batch-size", 1)
+    assert value(done.stdout, "tokens") == "95"
+    assert "run does not say how its text was split; valid is taken to be the last" in done.stderr
+    assert "expected a text to score: run does not say what it was" in fails(2, "evaluate", "run")
+    for broken in ("{", "[]", '{"format_version": 9}', "[" * 100_000):
+        Path("run/data.json").write_text(broken)
+        assert "run/data.json does not describe the texts" in fails(
+            2, "evaluate", "run", "text.txt"
+        )
+
+
+def test_generate_prints_the_seed_it_draws(trained):
+    options = ("--prompt", "the cat", "--max-new-tokens", 30)
+    first, second = (trained("generate", "run", *options) for _ in range(2))
+    assert first.stdout != second.stdout
+    seed = first.stderr.removeprefix("llmkern: seed ").strip()
+    again = trained("generate", "run", *options, "--seed", seed)
+    assert (again.stdout, again.stderr) == (first.stdout, "")
+    assert trained("generate", "run", *options, "--temperature", 0).stderr == ""
 
 
 def test_generate_continues_the_prompt_by_the_seed(trained):

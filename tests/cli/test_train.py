@@ -110,6 +110,38 @@ def test_every_option_arrives(llmkern):
     assert len(list_checkpoints("run")) == 2
 
 
+def test_a_preset_gives_way_to_another_schedule_or_optimizer(llmkern):
+    options = ["--preset", "char-rnn", "--lr-schedule", "constant", "--optimizer", "adam"]
+    sizes = ["--batch-size", 4, "--hidden-size", 8, "--max-steps", 1, "--quiet"]
+    done = llmkern("train", "text.txt", "--output", "run", *options, *sizes)
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_twenty_lines_train_with_the_default_settings(llmkern, kind):
+    Path("text.txt").write_text("".join(toys.TEXT.splitlines(keepends=True)[:20]))
+    line = ["train", "text.txt", "--output", "run", "--tokenizer", kind, "--epochs", 1]
+    done = llmkern(*line, "--hidden-size", 16, "--embedding-dim", 16)
+    assert done.exit_code == 0, done.output
+    assert load_checkpoint("run")["state"]["step"] >= 4
+    assert "batch size 1;" in done.stderr
+
+
+def test_a_seed_is_drawn_printed_and_saved(llmkern):
+    options = [*SMALL[:-3], "--max-steps", 2]
+    assert "--seed" not in options
+    seeds = []
+    for run in ("a", "b"):
+        done = llmkern("train", "text.txt", "--output", run, *options)
+        seed = load_checkpoint(run)["arguments"]["seed"]
+        assert f"; seed {seed}" in done.stdout
+        assert f"; seed {seed}" in done.stderr
+        seeds.append(seed)
+    assert seeds[0] != seeds[1]
+    llmkern("train", "text.txt", "--output", "c", *options, "--seed", seeds[0])
+    assert_same_run("a", "c")
+
+
 def test_zero_switches_clipping_off(llmkern):
     llmkern("train", "text.txt", "--output", "run", *SMALL, "--max-grad-norm", 0, "--max-steps", 1)
     assert load_checkpoint("run")["arguments"]["max_grad_norm"] is None
@@ -212,7 +244,7 @@ def test_interrupted_by_ctrl_c(llmkern):
     assert process.returncode == 130, err
     assert err == ""
     assert "stopped by interrupted after step" in out
-    assert "llmkern train text.txt --output run --resume" in out
+    assert "llmkern train text.txt --output run --resume\n" in out
     LanguageModel.from_pretrained("run")
 
 

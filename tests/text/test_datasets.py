@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkern.text import bptt_windows, contiguous_lanes, language_modeling_splits
+from llmkern.text import bptt_windows, contiguous_lanes, corpus_files, language_modeling_splits
 
 
 @given(st.integers(1, 9), st.integers(2, 30), st.integers(0, 8))
@@ -105,13 +105,78 @@ def test_folder_without_test_and_other_names(tmp_path, name):
 
 
 def test_folder_that_is_not_clear(tmp_path):
-    folder = make_folder(tmp_path, train_txt="a")
-    with pytest.raises(FileNotFoundError, match=r"one file \*valid\* or \*val\* .*\['train.txt'\]"):
-        language_modeling_splits(folder)
-    make_folder(tmp_path, valid_txt="b", train_json="c")
-    message = r"one file \*train\* in '.*', got \['train.json', 'train.txt'\]"
+    folder = make_folder(tmp_path, a_train_txt="a" * 10, b_train_txt="b" * 10)
+    message = r"one file \*train\* or \*training\* in '.*', got '.*a.train.txt', '.*b.train.txt'$"
     with pytest.raises(ValueError, match=message):
         language_modeling_splits(folder)
+    make_folder(tmp_path, b_valid_txt="c")
+    assert language_modeling_splits(folder) == ("b" * 10, "c", None)
+
+
+def test_folder_without_text(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected text files in '.*', got none"):
+        language_modeling_splits(tmp_path)
+    make_folder(tmp_path, test_txt="a", dev_txt="b")
+    with pytest.raises(
+        FileNotFoundError, match=r"a file to train on in '.*', got '.*dev.txt', '.*test.txt'"
+    ):
+        language_modeling_splits(tmp_path)
+
+
+def test_an_error_lists_a_few_files(tmp_path):
+    for i in range(300):
+        (tmp_path / f"{i:03}-train.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"'.*000-train.txt', .* and 295 more$") as error:
+        language_modeling_splits(tmp_path)
+    assert len(str(error.value)) < 300 + 7 * len(str(tmp_path))
+
+
+def test_a_split_is_a_whole_word_of_the_name(tmp_path):
+    """latest.txt, contested.txt, retrained.txt, devil.txt and value.txt are texts like any other."""
+    names = ("contested", "devil", "latest", "retrained", "value")
+    folder = make_folder(tmp_path, **{f"{name}_txt": name for name in names})
+    files = corpus_files(folder)
+    assert [f.stem for f in files.train] == list(names) and not files.valid and not files.test
+    splits = language_modeling_splits(folder, valid_fraction=0)
+    assert splits == ("\n".join(names), None, None)
+
+
+def test_the_penn_treebank_archive_as_it_comes(tmp_path):
+    for split in ("train", "valid", "test"):
+        make_folder(tmp_path, **{f"ptb_{split}_txt": split, f"ptb_char_{split}_txt": "c"})
+    (tmp_path / "README").write_text("how it was made")
+    assert language_modeling_splits(tmp_path) == ("train", "valid", "test")
+
+
+def test_any_folder_of_texts_is_one_text_in_name_order(tmp_path):
+    folder = make_folder(tmp_path, b_txt="2" * 5 + "\n", a_txt="1" * 5, c_txt="3" * 8, md="no text")
+    (folder / ".hidden.txt").write_text("no")
+    (folder / "within").mkdir()
+    assert language_modeling_splits(folder) == ("11111\n22222\n333333", "33", None)
+    make_folder(tmp_path, test_txt="t")
+    assert language_modeling_splits(folder)[2] == "t"
+
+
+def test_a_folder_without_txt_files_is_read_whole(tmp_path):
+    (tmp_path / "one.md").write_text("one")
+    (tmp_path / "two").write_text("two")
+    assert language_modeling_splits(tmp_path, valid_fraction=0).train == "one\ntwo"
+
+
+def test_a_split_without_a_file_is_held_out(tmp_path):
+    folder = make_folder(tmp_path, train_txt="abcdefghij", test_txt="t")
+    assert language_modeling_splits(folder) == ("abcdefghi", "j", "t")
+    assert language_modeling_splits(folder, valid_fraction=0) == ("abcdefghij", None, "t")
+
+
+def test_several_paths_are_read_in_their_order_and_none_is_left_out(tmp_path):
+    make_folder(tmp_path, b_txt="bb", a_txt="aa", train_txt="tt", valid_txt="vv")
+    (tmp_path / "more").mkdir()
+    make_folder(tmp_path / "more", y_txt="yy", x_txt="xx")
+    paths = [tmp_path / name for name in ("b.txt", "more", "a.txt", "train.txt", "valid.txt")]
+    assert language_modeling_splits(*paths) == ("bb\nxx\nyy\naa\ntt", "vv", None)
+    with pytest.raises(FileNotFoundError, match=r"a file to train on in '.*', '.*', got '.*valid"):
+        language_modeling_splits(paths[-1], paths[-1])
 
 
 @given(st.integers(20, 400))

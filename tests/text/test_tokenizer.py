@@ -295,6 +295,6 @@ def test_look_up_and_repr():
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, package, kind):
     segmentation._segmenter.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"llmkern\.text: expected the package '{package}' .*pip install 'llmkern\[text\]'"
+    message = rf"llmkern: expected the package '{package}' .*pip install 'llmkern\[text\]'"
     with pytest.raises(ImportError, match=message):
         Tokenizer.train("text", kind=kind)

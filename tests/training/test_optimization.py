@@ -35,6 +35,10 @@ def test_decay_sets_in_after_so_many_epochs():
     assert found == [2.0] * 6 + [1.0] * 3 + [0.5] * 3
 
 
+def test_decay_begins_at_the_starting_value():
+    assert rates(9, lr_schedule="decay") == [2.0] * 3 + [0.5] * 3 + [0.125] * 3
+
+
 def test_plateau_divides_when_the_loss_has_not_improved():
     found = rates(15, lr_schedule="plateau", lr_decay=0.25, valid_losses=[5.0, 5.0, 4.0, 4.5, 3.0])
     assert found == [2.0] * 6 + [0.5] * 6 + [0.125] * 3

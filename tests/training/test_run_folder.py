@@ -215,13 +215,13 @@ import torch
 import torch._dynamo  # which an optimizer imports: once, not in every child
 
 torch.set_num_threads(1)
-from llmkern.training import load_checkpoint
+from llmkern.training import list_checkpoints, load_checkpoint
 from llmkern.training.run_folder import check_folder
 from tests.training.test_run_folder import contents, trainer
 
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 settings = {"seed": 2, "save_every_steps": 2, "max_steps": 5}
-base, first, stride = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+base, begun, stride = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 
 
 def in_a_child(function):
@@ -238,7 +238,7 @@ def in_a_child(function):
     return os.waitpid(child, 0)[1]
 
 
-def replace(folder, at):
+def train(folder, at):
     seen = 0
 
     def count(event, arguments):
@@ -256,8 +256,10 @@ def replace(folder, at):
 
 def check(folder):
     check_folder(folder, overwrite=True)  # does what the killed process had still to do
-    found = contents(folder)
-    if found == contents(base / "old"):
+    if contents(folder) == contents(base / "old"):
+        return
+    if begun == "empty" and not list_checkpoints(folder):
+        trainer(folder, **settings).train()  # nothing was lost, and nothing is in the way
         return
     assert load_checkpoint(folder)["arguments"]["seed"] == 2
     trainer(folder, **settings).train(resume=True)
@@ -269,20 +271,21 @@ def check(folder):
 
 
 def make():
-    trainer(base / "old", max_steps=7).train()
+    (base / "old").mkdir()
+    if begun == "over a run":
+        trainer(base / "old", max_steps=7).train()
+    (base / "old" / "notes.txt").write_bytes(b"mine")
     shutil.copytree(base / "old", base / "new")
-    for folder in (base / "old", base / "new"):
-        (folder / "notes.txt").write_bytes(b"mine")
     trainer(base / "new", **settings).train(overwrite=True)
 
 
 assert in_a_child(make) == 0
-at = first
+at = 2
 outcomes = []
 while True:
     folder = base / f"killed-{at}"
     shutil.copytree(base / "old", folder)
-    status = in_a_child(lambda: replace(folder, at))
+    status = in_a_child(lambda: train(folder, at))
     assert status in (0, signal.SIGKILL), status
     assert in_a_child(lambda: check(folder)) == 0, at
     outcomes.append("old" if contents(folder) == contents(base / "old") else "new")
@@ -293,15 +296,16 @@ print(at, outcomes.count("old"), outcomes.count("new"))
 """
 
 
-def test_killed_at_any_write_either_run_is_whole(tmp_path):
-    """kill -9 before every third thing that a replacing run does to the file system."""
-    command = [sys.executable, "-c", KILLS, str(tmp_path), "2", "3"]
+@pytest.mark.parametrize(("begun", "stride"), [("over a run", 5), ("empty", 8)])
+def test_killed_at_any_write_nothing_is_lost(tmp_path, begun, stride):
+    """kill -9 before every fifth thing that a run does to the file system: the old or the new one is whole."""
+    command = [sys.executable, "-c", KILLS, str(tmp_path), begun, str(stride)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    print(done.stdout)
     last, old, new = map(int, done.stdout.split())
     assert last > 30
-    assert old > 3 and new > 3
+    assert old >= (2 if begun == "over a run" else 0)
+    assert new > 2
 
 
 # --- two processes -----------------------------------------------------------------------------------------------
