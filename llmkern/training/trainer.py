@@ -411,15 +411,9 @@ class Trainer:
 
     def _save_source(self) -> None:
         """Writes where the texts come from, for whoever evaluates the model later."""
-<<<<<<< HEAD
         if self._folder.path is not None and self.source is not None:
-            text = json.dumps(self.source, indent=2, ensure_ascii=False) + "\n"
-            write_files(self._folder.path, {DATA_NAME: text.encode()})
-=======
-        if self.output_dir is not None and self.source is not None:
             text = json.dumps(self.source, indent=2) + "\n"
-            write_files(self.output_dir, {DATA_NAME: text.encode()})
->>>>>>> trainer
+            write_files(self._folder.path, {DATA_NAME: text.encode()})
 
     def _export(self) -> None:
         """Saves the model as it is for use: where it knows how, as its own files, else its state_dict."""
