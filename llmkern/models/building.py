@@ -54,6 +54,11 @@ def build(
         raise ValueError(
             f"{described_by} does not describe a {model_class.__name__}: {shortened(error)}"
         ) from error
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{stored_in}: expected {shortened(name)} to be a tensor, got {shortened(tensor)}"
+            )
     dtype = _floating_dtype(tensors, stored_in)
     _check_names(outline, tensors, stored_in)
     _check_tensors(outline.to(dtype), tensors, stored_in)

@@ -20,8 +20,14 @@ from typing import Protocol
 from typing_extensions import Self
 
 from llmkern._files import flush_folder, remove_temporaries, write_files
+from llmkern.models.building import shortened
 from llmkern.models.pretrained import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
-from llmkern.training.checkpoints import is_checkpoint_name, list_checkpoints, read_outline
+from llmkern.training.checkpoints import (
+    is_checkpoint_name,
+    list_checkpoints,
+    read_outline,
+    unusable,
+)
 from llmkern.training.lock import RunLock
 from llmkern.training.run_log import DATA_NAME, LOG_NAME, TENSORBOARD_NAME
 
@@ -197,7 +203,11 @@ def _nothing_to_resume(folder: Path) -> FileNotFoundError:
 def _files_of(checkpoint: Path) -> frozenset[str]:
     """What a checkpoint says its run writes; all that a run can, where it was made before they said so."""
     files = read_outline(checkpoint).get("files", NAMES)
-    return frozenset(NAMES).intersection(files if isinstance(files, (list, tuple)) else ())
+    if not isinstance(files, (list, tuple)) or not all(name in NAMES for name in files):
+        raise unusable(
+            checkpoint, f"expected its files to be names of a run's, got {shortened(files)}"
+        )
+    return frozenset(files)
 
 
 def _existing(folder: Path, files: frozenset[str]) -> frozenset[str]:
