@@ -58,28 +58,30 @@ def encode(tokenizer: Tokenizer, text: str) -> Encoded:
     return Encoded(torch.tensor(ids, dtype=torch.int64), len(text) / max(1, len(ids)))
 
 
-def text_to_evaluate(path: Path, split: str | None, valid_fraction: float) -> tuple[str, str]:
+def text_to_evaluate(
+    paths: list[Path], split: str | None, valid_fraction: float
+) -> tuple[str, str]:
     """The text that ``llmkern evaluate`` reads, and its name.
 
     Args:
-        path: a file or a folder.
-        valid_fraction: the share of a single file that the split "valid" is.
-        split: "train", "valid" or "test"; None is a whole file, or a folder's test text if it has one, else its
+        paths: a file, a folder, or several of them.
+        split: "train", "valid" or "test"; None is a whole file, or else the test text if there is one, else the
             validation text.
+        valid_fraction: the share of a text that the split "valid" is, where no file is.
 
     Raises:
         ValueError: there is no such split.
     """
-    if split is None and path.is_file():
-        return read_text(path), path.name
+    if split is None and len(paths) == 1 and not paths[0].is_dir():
+        return read_text(paths[0]), paths[0].name
     if split not in (None, *Splits._fields):
         raise ValueError(f"--split: expected one of {', '.join(Splits._fields)}, got {split}")
-    splits = language_modeling_splits(path, valid_fraction=valid_fraction)
+    splits = language_modeling_splits(*paths, valid_fraction=valid_fraction)
     if split is None:
         split = "valid" if splits.test is None else "test"
     text = getattr(splits, split)
+    names = ", ".join(path.name for path in paths)
     if text is None:
-        raise ValueError(
-            f"--split: expected one of the splits of {path}, train or valid, got {split}"
-        )
-    return text, f"{path.name} ({split})"
+        there = " or ".join(name for name, part in splits._asdict().items() if part)
+        raise ValueError(f"--split: expected one of the splits of {names}, {there}, got {split}")
+    return text, f"{names} ({split})"

@@ -17,7 +17,7 @@ from llmkern.cli.data_record import data_record
 from llmkern.cli.presets import PRESETS
 from llmkern.cli.resuming import check_same, resumed
 from llmkern.models import LanguageModel
-from llmkern.text import Splits, Tokenizer, language_modeling_splits
+from llmkern.text import Splits, Tokenizer, corpus_files, language_modeling_splits
 from llmkern.text.backends import KINDS
 from llmkern.training import Trainer, TrainingArguments, TrainingResult, evaluate, perplexity
 from llmkern.training.arguments import (
@@ -48,8 +48,10 @@ def _option(panel: str, text: str, *names: str, choices: Iterable[str] = ()) -> 
 
 def train(
     path: Annotated[
-        Path,
-        typer.Argument(help="A text file, or a folder with *train*, *valid* and *test* files."),
+        list[Path],
+        typer.Argument(
+            help="A text file, a folder of them, or several; files called *train*, *valid* and *test* are the splits."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The run's folder; made if need be.")],
     preset: Annotated[
@@ -68,7 +70,7 @@ def train(
     valid_fraction: Annotated[
         float | None,
         typer.Option(
-            help="The end of a single file that is held out for validation; 0: none; default: 0.1.",
+            help="The end of the text that is held out where no file is called *valid*; 0: none; default: 0.1.",
             show_default=False,
         ),
     ] = None,
@@ -190,8 +192,8 @@ def train(
     options = _options(given)
     check_folder(output, resume=resume, overwrite=overwrite)
     saved = resumed(output, *options) if resume else None
-    fraction = _valid_fraction(valid_fraction, None if saved is None else saved.source)
-    splits = language_modeling_splits(path, valid_fraction=fraction)
+    fraction = _valid_fraction(valid_fraction, path, None if saved is None else saved.source)
+    splits = language_modeling_splits(*path, valid_fraction=fraction)
     if saved is None:
         model, words, arguments = _new(splits, *options)
         source = data_record(path, splits, fraction, options.tokenizer)
@@ -260,8 +262,12 @@ def _options(given: dict[str, Any]) -> _Options:
     return options
 
 
-def _valid_fraction(asked: float | None, source: dict[str, Any] | None) -> float:
-    """The share of a file to hold out: what is asked for, else the resumed run's own, else a tenth."""
+def _valid_fraction(asked: float | None, paths: list[Path], source: dict[str, Any] | None) -> float:
+    """The share of the text to hold out: what is asked for, else the resumed run's own, else a tenth."""
+    if asked is not None and (files := corpus_files(*paths).valid):
+        raise ValueError(
+            f"--valid-fraction: expected it left out where {files[0]} is the validation text, got {asked}"
+        )
     saved = None if source is None else source.get("valid_fraction")
     if asked is not None and saved is not None:
         check_same("valid_fraction", asked, saved)
@@ -317,7 +323,7 @@ def _report(result: TrainingResult, arguments: TrainingArguments, output: Path) 
 def _line_to_go_on(
     result: TrainingResult,
     arguments: TrainingArguments,
-    path: Path,
+    paths: list[Path],
     output: Path,
     given: dict[str, Any],
 ) -> str | None:
@@ -327,7 +333,7 @@ def _line_to_go_on(
     """
     if result.stop_reason in ("epochs", "patience"):
         return None
-    line = ["llmkern", "train", str(path), "--output", str(output), "--resume"]
+    line = ["llmkern", "train", *map(str, paths), "--output", str(output), "--resume"]
     if given["device"] != "auto":
         line += ["--device", given["device"]]
     if result.stop_reason == "max_steps":

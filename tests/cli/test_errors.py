@@ -136,10 +136,12 @@ def test_training_that_diverges(fails, monkeypatch):
             "for lr_schedule 'plateau', which has",
         ),
         (["--eval-every-steps", 3, "--valid-fraction", 0], "for eval_every_steps 3, which has no"),
+        (["--valid-fraction", 0.2, "valid.txt"], "expected it left out where valid.txt is the"),
     ],
     ids=str,
 )
 def test_options_without_effect(fails, options, message):
+    Path("valid.txt").write_text(toys.TEXT)
     assert message in fails(2, "train", "text.txt", "--output", "run", *SMALL, *options)
     assert not Path("run").exists()
 

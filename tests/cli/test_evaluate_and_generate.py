@@ -53,7 +53,9 @@ def test_evaluate_scores_the_text_that_the_run_held_out(llmkern):
     held_out = toys.TEXT[int(len(toys.TEXT) * 0.8) :]
     record = json.loads(Path("run/data.json").read_text())
     assert record["paths"] == [str(Path("text.txt").absolute())]
-    assert (record["rule"], record["valid_fraction"]) == ("end of file", 0.2)
+    assert (record["held_out"], record["valid_fraction"]) == ("end of text", 0.2)
+    digest = hashlib.sha256(toys.TEXT.encode()).hexdigest()
+    assert record["files"]["train"] == [{"path": record["paths"][0], "sha256": digest}]
     assert record["texts"]["valid"] == {
         "characters": len(held_out),
         "sha256": hashlib.sha256(held_out.encode()).hexdigest(),
@@ -81,6 +83,23 @@ def test_evaluate_says_when_a_text_was_trained_on(llmkern):
     Path("text.txt").write_text(toys.TEXT[:-100])
     done = llmkern("evaluate", "run", "--split", "valid")
     assert "text.txt (valid) has changed since the run" in done.stderr
+
+
+def test_evaluate_knows_the_files_of_a_folder(llmkern):
+    Path("corpus").mkdir()
+    for name in ("a", "b", "c"):
+        Path(f"corpus/{name}.txt").write_text(toys.TEXT.replace("cat", name))
+    done = llmkern("train", "corpus", "text.txt", "--output", "run", *SMALL)
+    assert done.exit_code == 0, done.output
+    whole = "".join(Path(f"corpus/{name}.txt").read_text() for name in "abc") + toys.TEXT
+    done = llmkern("evaluate", "run", "--batch-size", 1)
+    assert value(done.stdout, "tokens") == str(len(whole) - int(len(whole) * 0.9) - 1)
+    assert done.stderr == ""
+    Path("copy.txt").write_bytes(Path("corpus/b.txt").read_bytes())
+    done = llmkern("evaluate", "run", "copy.txt")
+    assert "copy.txt is one of the files that the model was trained on" in done.stderr
+    again = llmkern("train", "corpus", "text.txt", "--output", "run", "--resume", "--quiet")
+    assert again.exit_code == 0, again.output
 
 
 def test_evaluate_without_the_runs_record(trained, fails):
