@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern.generation.constraints import Constraints
 from llmkern.generation.config import GenerationConfig
+from llmkern.generation.constraints import Constraints
 from llmkern.generation.streaming import Streamer
 from llmkern.text import Tokenizer
 

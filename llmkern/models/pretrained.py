@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from llmkern._files import write_files
-from llmkern.text import Tokenizer
 from llmkern._optional import require
+from llmkern.text import Tokenizer
 
 FORMAT_VERSION = 1
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "tokenizer.json"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmkern.text import bptt_windows, contiguous_lanes
 from llmkern._optional import require
+from llmkern.text import bptt_windows, contiguous_lanes
 
 # Logits of one chunk, in values: 16 MB of float32, so that a large vocabulary needs no large memory.
 _MAX_LOGITS = 2**22

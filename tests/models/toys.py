@@ -4,8 +4,8 @@
 import torch
 from torch import nn
 
-from llmkern.models import LanguageModel
 from llmkern.generation.loop import GenerationMixin
+from llmkern.models import LanguageModel
 from llmkern.text import Tokenizer
 
 TEXT = "the cat sat on the mat.\nthe dog sat on the log.\na cat and a dog met in the fog.\n" * 12

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 T, B, I, H, P = 5, 3, 4, 6, 2  # noqa: E741
 LENGTHS = torch.tensor([5, 0, 2])
 composite = composite_layer.lstm
-lstm_module = importlib.import_module("llmkern.ops.lstm")  # ops.lstm is the function
+lstm_module = importlib.import_module("llmkern.ops.lstm.layer")
 
 
 def variant(shape=(T, B, I, H), dtype=torch.float64, projected=P) -> dict[str, Tensor]:

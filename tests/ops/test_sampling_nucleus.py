@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""top_p where a sample of the row misleads (csrc/kernels/cpu/sampling/nucleus.h), and extremes of temperature and of logits.
+"""top_p where a sample of the row misleads (cpu/sampling/nucleus.h), and extremes of temperature and of logits.
 
 The kernel guesses from every stride-th vector of a row where its nucleus ends. So rows are made with all that matters
 between those vectors, or in them alone, for every width of vector: the guess is then too high or too low, and the set

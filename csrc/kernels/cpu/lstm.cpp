@@ -11,8 +11,8 @@
 // is the mirror image: the product that makes dh of a panel is followed by the gate gradients of the same units.
 #include "kernels/lstm.h"
 
-#include "kernels/cpu/lstm/byte_gates.h"
 #include "kernels/cpu/lstm/backward.h"
+#include "kernels/cpu/lstm/byte_gates.h"
 #include "kernels/cpu/lstm/forward.h"
 #include "kernels/cpu/lstm/products.h"
 #include "kernels/run.h"

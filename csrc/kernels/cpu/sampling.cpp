@@ -2,8 +2,9 @@
 // Sampling on the CPU; the contract is kernels/sampling.h.
 //
 // Nothing is sorted. One pass finds the maximum, one adds up the masses where somebody needs their sum. A filter either
-// lists the tokens that pass (sampling/selection.h) or finds where the nucleus ends (sampling/nucleus.h); the draw then skips whole
-// blocks by their masses. Rows go to the threads; where there are fewer rows than threads, a long row is shared.
+// lists the tokens that pass (sampling/selection.h) or finds where the nucleus ends (sampling/nucleus.h); the draw then
+// skips whole blocks by their masses. Rows go to the threads; where there are fewer rows than threads, a long row is
+// shared.
 #include "kernels/sampling.h"
 
 #include "kernels/cpu/sampling/row.h"

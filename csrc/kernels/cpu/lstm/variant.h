@@ -4,11 +4,11 @@
 
 #include <cmath>
 
-#include "kernels/cpu/mask_bits.h"
 #include "kernels/cpu/lstm/schedule.h"
+#include "kernels/cpu/lstm/tiles.h"
+#include "kernels/cpu/mask_bits.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/team.h"
-#include "kernels/cpu/lstm/tiles.h"
 #include "kernels/lstm.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
