@@ -201,14 +201,7 @@ def train(
     fraction = _valid_fraction(valid_fraction, path, None if saved is None else saved.source)
     splits = language_modeling_splits(*path, valid_fraction=fraction)
     if saved is None:
-<<<<<<< HEAD
-        if overwrite:
-            clear(output)
-        check_unused(output)
         model, words, arguments = _new(splits, *options, show=not quiet)
-=======
-        model, words, arguments = _new(splits, *options)
->>>>>>> run-folder
         source = data_record(path, splits, fraction, options.tokenizer)
     else:
         model, words, arguments, source = saved
