@@ -70,7 +70,7 @@ void pack(const LstmPack<T>& a, const Parallel& parallel) {
 // they lie: a copy costs as much as reading them a few times.
 template <class Op, class T = typename Op::Storage>
 LayerWeights<Op> weights_for(const LstmForward<T>& a, const Parallel& parallel) {
-  constexpr int64_t kStepsInPlace = 3;
+  constexpr int64_t kStepsInPlace = 2;
   const auto words_in = [](const void* packed) {
     return reinterpret_cast<const Word<Op>*>(static_cast<const char*>(packed) + sizeof(LstmPackHeader));
   };
