@@ -44,7 +44,7 @@ Tensor embedding_cpu(const Tensor& ids_any, const Tensor& weight_any, int64_t, b
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
     check_ids<Index>(ids, V);
-    for_float_dtype(kName, "weight", weight, [&](auto value) {
+    for_storage_dtype(kName, "weight", weight, [&](auto value) {
       using T = decltype(value);
       cpu::run(EmbeddingForward<T, Index>{data<T>(weight), data<Index>(ids), mutable_data<T>(out), N, V, D},
                torch_parallel());
@@ -82,10 +82,18 @@ Tensor embedding_backward_cpu(const Tensor& grad_any, const Tensor& ids_any, int
     using Index = decltype(index);
     check_ids<Index>(ids, V);
     const std::vector<int64_t> counts = scale_grad_by_freq ? occurrences<Index>(ids, V) : std::vector<int64_t>{};
-    for_float_dtype(kName, "the gradient", grad, [&](auto value) {
+    for_storage_dtype(kName, "the gradient", grad, [&](auto value) {
       using T = decltype(value);
-      cpu::run(EmbeddingBackward<T, Index>{data<T>(grad), data<Index>(ids), counts.empty() ? nullptr : counts.data(),
-                                           mutable_data<T>(grad_weight), N, V, D, padding_idx},
+      const Tensor sums = sizeof(T) == 2 ? empty_recycled(grad, {V, D}, ScalarType::Float) : grad_weight;
+      cpu::run(EmbeddingBackward<T, Index>{.grad_out = data<T>(grad),
+                                           .ids = data<Index>(ids),
+                                           .counts = counts.empty() ? nullptr : counts.data(),
+                                           .sums = mutable_data<Widened<T>>(sums),
+                                           .grad_table = mutable_data<T>(grad_weight),
+                                           .N = N,
+                                           .V = V,
+                                           .D = D,
+                                           .padding_idx = padding_idx},
                torch_parallel());
     });
   });

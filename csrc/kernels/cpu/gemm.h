@@ -340,8 +340,8 @@ void gemm(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Storage>& a
 
 // sums[n] = sum over m of A[m, n]  (+ sums), A [M, N] row-major. Blocks of rows are summed on their own, so that the
 // rounding error grows with the block and with the number of blocks, not with M.
-template <class T>
-void sum_rows(int64_t M, int64_t N, const T* a, T* sums, bool accumulate, const Parallel& parallel) {
+template <class T, class C>
+void sum_rows(int64_t M, int64_t N, const T* a, C* sums, bool accumulate, const Parallel& parallel) {
   using S = Widened<T>;
   constexpr int64_t kBlock = 64, kColumns = 256;  // columns: whole cache lines of a row, and sums that stay in reach
   parallel((N + kColumns - 1) / kColumns, (1 << 17) / (M * kColumns + 1) + 1, [&](int64_t begin, int64_t end) {

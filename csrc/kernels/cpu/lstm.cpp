@@ -21,17 +21,6 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-// Calls f with what multiplies T here.
-template <class T, class F>
-void with_operand(const F& f) {
-#ifdef __AVX512F__
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    if (has_bf16()) return f(Bf16Pairs{});
-  }
-#endif
-  f(Wide<T>{});
-}
-
 template <class T, class F>
 void with_operand([[maybe_unused]] bool quantised, [[maybe_unused]] int64_t I, [[maybe_unused]] int64_t P, const F& f) {
 #ifdef __AVX512F__
@@ -282,8 +271,8 @@ void backward(const LstmBackward<T>& a, const Schedule& schedule, const Parallel
     copy_narrowed(a.grad_norm_cell, norm_cell, 2 * a.H);
   }
   if (norm) normalized_input_gradients(a, schedule, state, parallel);
-  input_gradient<Op>(a, schedule, grad_gates, parallel);
-  if (a.grad_weight_ih != nullptr) {
+  if (a.grad_input != nullptr) input_gradient<Op>(a, schedule, grad_gates, parallel);
+  if (a.grad_weight_hh != nullptr) {
     weight_gradients<Op>(a, tokens, state, grad_gates, norm ? grad_hidden : grad_gates, parallel);
   }
 }
