@@ -65,7 +65,7 @@ template <class Op>
 struct ColumnsInPlace {
   const typename Op::Storage* weight;
   int64_t columns, H, panel;
-  Word<Op>* block;  // [kBlockWords][kUnits]
+  Scratch<Word<Op>> block;  // [kBlockWords][kUnits]
 
   const Word<Op>* operator()(int64_t k, int64_t n) const {
     copy(k, n, block);
@@ -213,7 +213,7 @@ struct Gates {
       if (total_rows == 2) return multiply_gates_in_registers<Op, 2>(K, tiles, panel, c, accumulate);
     }
     constexpr int64_t kWords = kBlockWords<Op, 4> * kGatesWidth<Sum<Op>>;
-    Word<Op>* block = scratch<Word<Op>>(Slot::kPanel, kWords);
+    const auto block = scratch<Word<Op>>(Slot::kLstmGatesInPlace, kWords);
     if (units < kUnits<Sum<Op>>) memset(block, 0, kWords * sizeof(Word<Op>));
     by(GatesInPlace<Op>{panel, K, units, block});
   }
