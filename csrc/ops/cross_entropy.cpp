@@ -315,15 +315,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy_cpu));
-  m.impl("linear_cross_entropy_backward", TORCH_BOX(&linear_cross_entropy_backward_cpu));
+  LLMKERN_OPERATOR(m, "linear_cross_entropy", &linear_cross_entropy_cpu);
+  LLMKERN_OPERATOR(m, "linear_cross_entropy_backward", &linear_cross_entropy_backward_cpu);
 }
 #endif
 
 #ifdef LLMKERN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) {
-  m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy_cuda));
-  m.impl("linear_cross_entropy_backward", TORCH_BOX(&linear_cross_entropy_backward_cuda));
+  LLMKERN_OPERATOR(m, "linear_cross_entropy", &linear_cross_entropy_cuda);
+  LLMKERN_OPERATOR(m, "linear_cross_entropy_backward", &linear_cross_entropy_backward_cuda);
 }
 #endif
 

@@ -191,7 +191,7 @@ void execute(const CrossEntropyForward<T>& a, const Parallel& parallel) {
   using S = Widened<T>;
   const Problem<T> problem{a.problem};
   const int64_t N = a.problem.N, D = a.problem.D, V = a.problem.V;
-  double* losses = scratch<double>(Slot::kKernel, N);
+  const auto losses = scratch<double>(Slot::kCrossEntropyLosses, N);
   const double total_weight = problem.total_weight();
   const double scale = a.problem.reduction == Reduction::kMean ? 1 / total_weight : 1;
   problem.for_chunks(a.workspace, parallel, [&](int64_t first, int64_t rows) {
