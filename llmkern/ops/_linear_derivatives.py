@@ -14,6 +14,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from llmkern.ops import _derivatives
+
 _LIBRARY = torch.library.Library("llmkern", "FRAGMENT")
 
 
@@ -96,8 +98,7 @@ def _below_autograd(operator: Any, args: Any, modes: _Modes | None) -> Any:
 
 def one_by_one(operator: Any, info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     """The vmap rule of an operator whose samples have nothing to share."""
-    samples = [
-        [a if at is None else a.select(at, i) for a, at in zip(args, in_dims, strict=True)]
-        for i in range(info.batch_size)
-    ]
-    return torch.stack([operator(*sample) for sample in samples]), 0
+    (stacked,), (dim,) = _derivatives.one_by_one(
+        lambda *sample: (operator(*sample),), info.batch_size, in_dims, args
+    )
+    return stacked, dim
