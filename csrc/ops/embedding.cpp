@@ -40,7 +40,7 @@ Tensor embedding_cpu(const Tensor& ids_any, const Tensor& weight_any, int64_t, b
   check_dim(kName, "weight", weight_any, 2);
   const Tensor ids = row_major(ids_any), weight = row_major(weight_any);
   const int64_t N = ids.numel(), V = weight.size(0), D = weight.size(1);
-  Tensor out = torch::stable::new_empty(weight, output_shape(ids, D));
+  Tensor out = empty(weight, output_shape(ids, D));
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
     check_ids<Index>(ids, V);
@@ -106,7 +106,7 @@ Tensor embedding_cuda(const Tensor& ids_any, const Tensor& weight_any, int64_t, 
   const OnCuda cuda(weight_any);
   const Tensor ids = row_major(ids_any), weight = row_major(weight_any);
   const int64_t N = ids.numel(), V = weight.size(0), D = weight.size(1);
-  Tensor out = torch::stable::new_empty(weight, output_shape(ids, D));
+  Tensor out = empty(weight, output_shape(ids, D));
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
     for_storage_dtype(kName, "weight", weight, [&](auto value) {
@@ -154,15 +154,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("embedding", TORCH_BOX(&embedding_cpu));
-  m.impl("embedding_backward", TORCH_BOX(&embedding_backward_cpu));
+  LLMKERN_OPERATOR(m, "embedding", &embedding_cpu);
+  LLMKERN_OPERATOR(m, "embedding_backward", &embedding_backward_cpu);
 }
 #endif
 
 #ifdef LLMKERN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) {
-  m.impl("embedding", TORCH_BOX(&embedding_cuda));
-  m.impl("embedding_backward", TORCH_BOX(&embedding_backward_cuda));
+  LLMKERN_OPERATOR(m, "embedding", &embedding_cuda);
+  LLMKERN_OPERATOR(m, "embedding_backward", &embedding_backward_cuda);
 }
 #endif
 
