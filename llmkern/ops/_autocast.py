@@ -10,14 +10,9 @@ _CASTABLE = torch.float32, torch.bfloat16, torch.float16
 
 
 def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype of the autocast region, if there is one on their device.
-
-    On the CPU most kernels have float32 at least: there 16-bit tensors become float32. float64 stays, as under torch's
-    own rules.
-    """
+    """The tensors in the dtype of the autocast region, if there is one on their device. float64 stays, as in torch."""
     device = next(t.device.type for t in tensors if t is not None)
-    region = _dtype_of_region(device)
-    return _as(torch.float32 if region is not None and device == "cpu" else region, tensors)
+    return _as(_dtype_of_region(device), tensors)
 
 
 def cast_recurrent(c_0: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
