@@ -10,7 +10,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 
 import llmkern
-from tests.conftest import assert_close
+from llmkern.models import LanguageModel
+from tests.conftest import TOLERANCE, assert_close
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -133,3 +134,55 @@ def test_a_converted_model_in_16_bits(order, dtype):
     for got, truth in zip(*grads, strict=True):
         assert got.dtype == dtype
         assert_close(got, truth)
+
+
+class LossOf(nn.Module):
+    """functional_call runs a module's forward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, row):
+        return self.model.loss(row[None, :-1], row[None, 1:])[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_whole_language_model(tied):
+    """Embedding, LSTM and the fused loss, for every text: against a loop, and forward mode against both."""
+    model = LanguageModel(V, embedding_dim=H, hidden_size=H, num_layers=2, tie_weights=tied)
+    module = LossOf(model.double())
+    parameters, ids = parameters_of(module), torch.randint(V, (N, T + 1))
+
+    def loss(parameters, row):
+        return functional_call(module, parameters, (row,))
+
+    got = vmap(grad(loss), in_dims=(None, 0))(parameters, ids)
+    each = []
+    for row in ids:
+        module.zero_grad()
+        module(row).backward()
+        each.append({name: p.grad.clone() for name, p in module.named_parameters()})
+    assert_all_close(got, {name: torch.stack([g[name] for g in each]) for name in parameters})
+    tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
+    _, slopes = jvp(lambda p: vmap(lambda row: loss(p, row))(ids), (parameters,), (tangents,))
+    dots = [sum((g[name] * tangents[name]).sum() for name in parameters) for g in each]
+    assert_close(slopes, torch.stack(dots))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_language_model_in_16_bits_trains_and_writes(dtype):
+    model = LanguageModel(V, embedding_dim=D, hidden_size=H).to(dtype)
+    ids = torch.randint(V, (N, T + 1))
+    loss, _ = model.loss(ids[:, :-1], ids[:, 1:])
+    wide = LanguageModel(V, embedding_dim=D, hidden_size=H).double()
+    wide.load_state_dict(model.state_dict())
+    truth, _ = wide.loss(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    truth.backward()
+    assert_close(loss, truth, TOLERANCE[dtype])
+    for got, expected in zip(model.parameters(), wide.parameters(), strict=True):
+        assert got.grad.dtype == dtype
+        assert_close(got.grad, expected.grad)
+    written = model.eval().generate([[1, 2, 3]], max_new_tokens=8, seed=1)
+    assert written.shape == (1, 11) and int(written.max()) < V
