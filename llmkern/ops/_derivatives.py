@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -50,5 +51,7 @@ def one_by_one(
         call(*[a if at is None else a.select(at, i) for a, at in zip(args, in_dims, strict=True)])
         for i in range(n)
     ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
     stacked = tuple(torch.stack(r) for r in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
