@@ -63,7 +63,9 @@ def test_counts_and_settings(three):
         assert type(getattr(sampler, name)) is type(number.item())
         expected = llmkern.ops.sample(logits, seed=1, **plain)
         assert torch.equal(sampler(logits, seed=1).token, expected.token)
-        assert torch.equal(llmkern.ops.sample(logits, seed=1, **{name: number}).token, expected.token)
+        assert torch.equal(
+            llmkern.ops.sample(logits, seed=1, **{name: number}).token, expected.token
+        )
     assert llmkern.ops.sample(logits, seed=1, num_logprobs=three).top_ids.shape == (4, 3)
     assert llmkern.ops.multinomial(logits.exp(), three, seed=1).shape == (4, 3)
 
@@ -71,7 +73,11 @@ def test_counts_and_settings(three):
 @pytest.mark.parametrize("three", NUMBERS, ids=ids)
 def test_settings_of_generation(three):
     config = GenerationConfig(
-        max_new_tokens=three, top_k=three, num_return_sequences=three, seed=three, eos_token_id=three
+        max_new_tokens=three,
+        top_k=three,
+        num_return_sequences=three,
+        seed=three,
+        eos_token_id=three,
     )
     assert config == GenerationConfig(
         max_new_tokens=3, top_k=3, num_return_sequences=3, seed=3, eos_token_id=3
@@ -85,9 +91,13 @@ def test_settings_of_generation(three):
     assert torch.equal(many[:1, :2], got.reshape(1, -1)[:, :2])
 
 
-@pytest.mark.parametrize("wrong", [True, np.True_, 1.0, np.float64(1), "1", np.array([1, 2])], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [True, np.True_, 1.0, np.float64(1), "1", np.array([1, 2])], ids=repr
+)
 def test_what_is_no_integer_is_no_seed(wrong):
     with pytest.raises(TypeError, match=r"llmkern\.dropout: expected seed to be an int or"):
         llmkern.ops.dropout(torch.ones(3), 0.5, seed=wrong)
-    with pytest.raises(ValueError, match=r"llmkern\.generate: expected max_new_tokens to be an int"):
+    with pytest.raises(
+        ValueError, match=r"llmkern\.generate: expected max_new_tokens to be an int"
+    ):
         GenerationConfig(max_new_tokens=wrong)

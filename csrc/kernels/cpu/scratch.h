@@ -18,6 +18,7 @@ enum class Slot {
   kPackedB,
   kSums,
   kTiles,
+  kPanel,
   kHidden,
   kCell,
   kProjection,

@@ -72,7 +72,6 @@ class Backward(NamedTuple):
     reverse: bool = False
     weights: bool = True
     need_input: bool = True
-    packed: Any = None
 
 
 class BackwardResults(NamedTuple):
