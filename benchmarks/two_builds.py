@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-TURNS, SECONDS = 15, 0.12
+TURNS, SECONDS = 9, 0.04
 
 Step = Callable[[], object]
 

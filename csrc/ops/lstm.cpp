@@ -591,16 +591,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("lstm", TORCH_BOX(&lstm_cpu));
-  m.impl("lstm_weight_gradients", TORCH_BOX(&lstm_weight_gradients_cpu));
-  m.impl("lstm_backward", TORCH_BOX(&lstm_backward_cpu));
+  LLMKERN_OPERATOR(m, "lstm", &lstm_cpu);
+  LLMKERN_OPERATOR(m, "lstm_weight_gradients", &lstm_weight_gradients_cpu);
+  LLMKERN_OPERATOR(m, "lstm_backward", &lstm_backward_cpu);
 }
 #endif
 
 #ifdef LLMKERN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) {
-  m.impl("lstm", TORCH_BOX(&lstm_cuda));
-  m.impl("lstm_backward", TORCH_BOX(&lstm_backward_cuda));
+  LLMKERN_OPERATOR(m, "lstm", &lstm_cuda);
+  LLMKERN_OPERATOR(m, "lstm_backward", &lstm_backward_cuda);
 }
 #endif
 

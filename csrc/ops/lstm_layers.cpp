@@ -207,8 +207,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("lstm_pack", TORCH_BOX(&lstm_pack_cpu));
-  m.impl("lstm_layers", TORCH_BOX(&lstm_layers_cpu));
+  LLMKERN_OPERATOR(m, "lstm_pack", &lstm_pack_cpu);
+  LLMKERN_OPERATOR(m, "lstm_layers", &lstm_layers_cpu);
 }
 
 }  // namespace llmkern::ops

@@ -120,8 +120,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("lstm_step", TORCH_BOX(&lstm_step_cpu));
-  m.impl("lstm_step_backward", TORCH_BOX(&lstm_step_backward_cpu));
+  LLMKERN_OPERATOR(m, "lstm_step", &lstm_step_cpu);
+  LLMKERN_OPERATOR(m, "lstm_step_backward", &lstm_step_backward_cpu);
 }
 
 }  // namespace llmkern::ops

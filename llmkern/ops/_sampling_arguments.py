@@ -49,17 +49,19 @@ _RANGES = {
 
 
 SETTINGS = tuple(_RANGES)
+_NUMBERS = "a number or a Tensor [B]"
 
 
-def checked_setting(name: str, value: object) -> float:
-    """The value as a plain number; raises unless it is one, in the range of the setting ``name``."""
+def checked_setting(op: str, name: str, value: object, kind: str = "a number") -> float:
+    """The value as a plain number; raises unless it is one, in the range of the setting ``name``.
+
+    ``kind`` says what else ``op`` takes.
+    """
     expected, value = _RANGES[name], _checks.plain_number(value)
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(
-            f"llmkern.sample: expected {name} to be a number or a Tensor [B], got {type(value).__name__}"
-        )
+        raise TypeError(f"llmkern.{op}: expected {name} to be {kind}, got {type(value).__name__}")
     if not expected.holds(float(value)):
-        raise ValueError(f"llmkern.sample: expected {name} {expected.text}, got {value}")
+        raise ValueError(f"llmkern.{op}: expected {name} {expected.text}, got {value}")
     return value  # type: ignore[return-value]
 
 
@@ -78,18 +80,24 @@ def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
             constant = _checks.constant(_OP, name, value)
             columns.append(constant.to(torch.float64).expand(B))
         else:
-            number = float(checked_setting(name, value))
+            number = float(checked_setting(_OP, name, value, _NUMBERS))
             columns.append(torch.full((B,), number, dtype=torch.float64, device=device))
     return torch.stack(columns, dim=1)
 
 
 def _number_settings(values: tuple[float, ...], device: torch.device) -> Tensor:
-    numbers = [float(checked_setting(name, v)) for name, v in zip(_RANGES, values, strict=True)]
+    settings = zip(_RANGES, values, strict=True)
+    numbers = [float(checked_setting(_OP, name, value, _NUMBERS)) for name, value in settings]
     return torch.tensor([numbers], dtype=torch.float64, device=device)
 
 
 # A decoding loop passes the same numbers at every step.
 _cached_number_settings = functools.lru_cache(maxsize=64)(_number_settings)
+
+
+def forget_settings() -> None:
+    """Frees the tensors of settings that were plain numbers."""
+    _cached_number_settings.cache_clear()
 
 
 class BiasTensors(NamedTuple):

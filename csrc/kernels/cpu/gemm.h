@@ -279,9 +279,9 @@ void gemm_serial(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Stor
     const int64_t depth = K - k < kDepth ? K - k : kDepth, words = words_of<Op>(depth);
     for (int64_t m = 0; m < M; m += kBlockRows) {
       const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
-      Word<Op>* tiles = scratch<Word<Op>>(Slot::kPackedA, rows * words);
+      const auto tiles = scratch<Word<Op>>(Slot::kGemmTiles, rows * words);
       pack_tiles<Op>(a.from(m, k), rows, depth, tiles);
-      Word<Op>* panel = scratch<Word<Op>>(Slot::kPackedB, words * kPanel<Op>);
+      const auto panel = scratch<Word<Op>>(Slot::kGemmPanel, words * kPanel<Op>);
       for (int64_t n = 0; n < N; n += kPanel<Op>) {
         const int64_t width = N - n < kPanel<Op> ? N - n : kPanel<Op>;
         pack_panels<Op>(b.from(k, n), depth, width, panel);
@@ -297,8 +297,8 @@ void gemm_rounded(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Sto
                   const Matrix<typename Op::Storage>& b, C* c, int64_t c_stride) {
   for (int64_t m = 0; m < M; m += kBlockRows) {
     const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
-    Sum<Op>* sums = scratch<Sum<Op>>(Slot::kSums, rows * N);
-    gemm_serial<Op>(rows, N, K, a.from(m, 0), b, sums, N, false);
+    const auto sums = scratch<Sum<Op>>(Slot::kGemmSums, rows * N);
+    gemm_serial<Op>(rows, N, K, a.from(m, 0), b, sums.get(), N, false);
     for (int64_t i = 0; i < rows; ++i) convert(c + (m + i) * c_stride, sums + i * N, N);
   }
 }
@@ -340,8 +340,8 @@ void gemm(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Storage>& a
 
 // sums[n] = sum over m of A[m, n]  (+ sums), A [M, N] row-major. Blocks of rows are summed on their own, so that the
 // rounding error grows with the block and with the number of blocks, not with M.
-template <class T>
-void sum_rows(int64_t M, int64_t N, const T* a, T* sums, bool accumulate, const Parallel& parallel) {
+template <class T, class C>
+void sum_rows(int64_t M, int64_t N, const T* a, C* sums, bool accumulate, const Parallel& parallel) {
   using S = Widened<T>;
   constexpr int64_t kBlock = 64, kColumns = 256;  // columns: whole cache lines of a row, and sums that stay in reach
   parallel((N + kColumns - 1) / kColumns, (1 << 17) / (M * kColumns + 1) + 1, [&](int64_t begin, int64_t end) {

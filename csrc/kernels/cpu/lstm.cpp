@@ -21,17 +21,6 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-// Calls f with what multiplies T here.
-template <class T, class F>
-void with_operand(const F& f) {
-#ifdef __AVX512F__
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    if (has_bf16()) return f(Bf16Pairs{});
-  }
-#endif
-  f(Wide<T>{});
-}
-
 template <class T, class F>
 void with_operand([[maybe_unused]] bool quantised, [[maybe_unused]] int64_t I, [[maybe_unused]] int64_t P, const F& f) {
 #ifdef __AVX512F__

@@ -84,6 +84,21 @@ struct Bf16Pairs {
 };
 #endif
 
+namespace {
+
+// Calls f with what multiplies T here.
+template <class T, class F>
+void with_operand(const F& f) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (has_bf16()) return f(Bf16Pairs{});
+  }
+#endif
+  f(Wide<T>{});
+}
+
+}  // namespace
+
 template <class Op>
 constexpr int64_t words_of(int64_t terms) {
   return (terms + Op::kTerms - 1) / Op::kTerms;

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from llmkern.ops import _checks
+from llmkern.ops._derivatives import vjp
 from llmkern.ops.lstm import composite, vmap
 from llmkern.ops.lstm.arguments import (
     LAYER,
@@ -92,7 +93,7 @@ def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
         now = given | dict(zip(needed, variables, strict=True))
         return _first_gradients(now, ctx.options, wanted)
 
-    _, pullback = _vjp(first_gradients, *[given[name] for name in needed])
+    _, pullback = vjp(first_gradients, *[given[name] for name in needed])
     upstream = BackwardResults(*grads)
     seconds = pullback(tuple(getattr(upstream, name) for name in wanted))
     found = dict(zip(needed, seconds, strict=True))
@@ -123,7 +124,7 @@ def _first_gradients(given: dict[str, Any], options: dict[str, Any], wanted: lis
         outputs = composite.lstm(**(layer | dict(zip(by, variables, strict=True))), **options)
         return tuple(outputs[i] for i in used)
 
-    _, pullback = _vjp(outputs_of, *[layer[name] for name in by])
+    _, pullback = vjp(outputs_of, *[layer[name] for name in by])
     gradients = pullback(tuple(given[UPSTREAM[i]] for i in used))
     found = dict(zip(by, gradients, strict=True))
     if weights and "shift" in found:
@@ -131,32 +132,6 @@ def _first_gradients(given: dict[str, Any], options: dict[str, Any], wanted: lis
     empty = given["input"].new_zeros(0)
     results = [found.get(argument_of.get(name, "")) for name in wanted]
     return tuple(empty if grad is None else grad.to(dtype) for grad in results)
-
-
-def _vjp(f, *primals):  # type: ignore[no-untyped-def]
-    """torch.func.vjp, which refuses to run beside hooks for saved tensors, for the world outside of torch.func too."""
-    if torch._C._are_functorch_transforms_active():
-        return torch.func.vjp(f, *primals)
-    go_on = torch.is_grad_enabled()
-    with torch.enable_grad():
-        variables = [
-            t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in primals
-        ]
-        outputs = f(*variables)
-
-    def pullback(upstream):  # type: ignore[no-untyped-def]
-        pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
-        if not pairs or not variables:
-            return [torch.zeros_like(v) for v in variables]
-        return torch.autograd.grad(
-            [o for o, _ in pairs],
-            variables,
-            [u for _, u in pairs],
-            create_graph=go_on,
-            materialize_grads=True,
-        )
-
-    return outputs, pullback
 
 
 torch.library.register_autograd("llmkern::lstm", _backward, setup_context=_save_for_backward)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmkern.ops._derivatives import one_by_one
 from llmkern.ops.lstm.arguments import Backward, BackwardResults, Forward, ForwardResults
 
 # The dimension in which rows lie, in arguments and results; no other has any.
@@ -24,7 +25,7 @@ def layer(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *a
     """The vmap rule of llmkern::lstm; ``call`` runs it."""
     n, given, at = info.batch_size, Forward(*args), dict(zip(Forward._fields, in_dims, strict=True))
     if _masks_know_rows(given) or not _foldable(at):
-        return _one_by_one(call, n, in_dims, args)
+        return one_by_one(call, n, in_dims, args)
     results = ForwardResults(*call(*_fold(given, at, n)))
     return _unfold(results._asdict(), n)
 
@@ -34,7 +35,7 @@ def backward(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None],
     n, given = info.batch_size, Backward(*args)
     at = dict(zip(Backward._fields, in_dims, strict=True))
     if _masks_know_rows(given) or not _foldable(at) or (given.weights and not _is_plain(given)):
-        return _one_by_one(call, n, in_dims, args)
+        return one_by_one(call, n, in_dims, args)
     folded = Backward(*_fold(given, at, n))
     results = BackwardResults(*call(*folded._replace(weights=False)))
     unfolded, dims = _unfold(results._asdict(), n)
@@ -68,17 +69,6 @@ def _is_plain(given: Backward) -> bool:
 def _foldable(at: Dims) -> bool:
     """Whether nothing is mapped but what has rows."""
     return all(dim is None or name in _ROWS for name, dim in at.items())
-
-
-def _one_by_one(
-    call: Callable[..., Any], n: int, in_dims: Sequence[int | None], args: Sequence[Any]
-) -> Any:
-    results = [
-        call(*[a if at is None else a.select(at, i) for a, at in zip(args, in_dims, strict=True)])
-        for i in range(n)
-    ]
-    stacked = tuple(torch.stack(r) for r in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
 
 
 def _fold(given: Forward | Backward, at: Dims, n: int) -> list[Any]:
