@@ -133,7 +133,7 @@ def lstm(
 def _returned(results: Sequence[Tensor], projected: bool, return_cells: bool) -> tuple[Tensor, ...]:
     output, h_n, c_n, cells = results[:4]
     if projected:
-        output, h_n = _autocast.cast_product(output), _autocast.cast_product(h_n)
+        output, h_n = _autocast.cast(output, h_n)  # the projection is a product, and has its dtype
     return (output, h_n, c_n, cells) if return_cells else (output, h_n, c_n)
 
 
