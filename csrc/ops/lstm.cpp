@@ -323,14 +323,14 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
   const bool norm = given.norm_gates.has_value(), projection = given.weight_hr.has_value();
   saved_any.check(n, dtype, wide, norm);
-  const bool gates_by_step = !weights && given.is_plain() && !given.lengths;
+  const bool by_step = given.is_plain() && !given.lengths;
   const Layer layer = given.contiguous();
   const Saved saved = saved_any.contiguous();
   check_values(layer.lengths, n.T);
   const Tensor& input = layer.input;
   const Tensor grad_input = empty_recycled_if(need_input, input, {n.T, n.B, n.I});
   const Tensor grad_h_0 = empty(input, {n.B, n.P}), grad_c_0 = empty(input, {n.B, n.H});
-  const Tensor grad_gates = empty_recycled_if(gates_by_step, input, {n.T, n.B, 4 * n.H});
+  const Tensor grad_gates = empty_recycled_if(!weights && by_step, input, {n.T, n.B, 4 * n.H});
   const Tensor grad_weight_ih = empty_recycled_if(weights, input, {4 * n.H, n.I});
   const Tensor grad_weight_hh = empty_recycled_if(weights, input, {4 * n.H, n.P});
   const Tensor grad_bias = empty_if(weights, input, {4 * n.H});
@@ -359,7 +359,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
             .gates = saved.has_gates() ? data<T>(saved.gates) : nullptr,
             .normalized = saved.has_gates() && norm ? data<T>(saved.normalized) : nullptr,
             .scales = saved.has_gates() && norm ? data<Widened<T>>(saved.scales) : nullptr,
-            .grad_gates = data_if<T>(gates_by_step, grad_gates),
+            .grad_gates = data_if<T>(!weights && by_step, grad_gates),
             .grad_input = data_if<T>(need_input, grad_input),
             .grad_h_0 = mutable_data<T>(grad_h_0),
             .grad_c_0 = mutable_data<T>(grad_c_0),
@@ -548,10 +548,10 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
         cuda.stream());
   });
   const Tensor rows = rows_of(grad_gates), none = empty(input, {0});
-  const Tensor grad_input = need_input ? torch::stable::view(product(rows, layer.weight_ih), {n.T, n.B, n.I}) : none;
-  if (!weights) {
+  const Tensor grad_input =
+      need_input ? torch::stable::view(product(rows, layer.weight_ih), {n.T, n.B, n.I}) : empty(input, {0});
+  if (!weights)
     return {grad_input, grad_h_0, grad_c_0, layer.lengths ? none : grad_gates, none, none, none, none, none, none};
-  }
   const Tensor columns = transposed(rows);
   return {grad_input,
           grad_h_0,

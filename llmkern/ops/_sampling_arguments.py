@@ -53,10 +53,7 @@ _NUMBERS = "a number or a Tensor [B]"
 
 
 def checked_setting(op: str, name: str, value: object, kind: str = "a number") -> float:
-    """The value as a plain number; raises unless it is one, in the range of the setting ``name``.
-
-    ``kind`` says what else ``op`` takes.
-    """
+    """The value as a plain number, in the range of the setting ``name``; ``kind`` says what else ``op`` takes."""
     expected, value = _RANGES[name], _checks.plain_number(value)
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"llmkern.{op}: expected {name} to be {kind}, got {type(value).__name__}")
@@ -86,8 +83,8 @@ def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
 
 
 def _number_settings(values: tuple[float, ...], device: torch.device) -> Tensor:
-    settings = zip(_RANGES, values, strict=True)
-    numbers = [float(checked_setting(_OP, name, value, _NUMBERS)) for name, value in settings]
+    pairs = zip(_RANGES, values, strict=True)
+    numbers = [float(checked_setting(_OP, name, v, _NUMBERS)) for name, v in pairs]
     return torch.tensor([numbers], dtype=torch.float64, device=device)
 
 
