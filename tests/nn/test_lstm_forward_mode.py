@@ -46,8 +46,9 @@ def run(module, parameters, x, hx, options):
     torch.manual_seed(5)
     options = dict(options)
     lengths = options.pop("packed", None)
-    if lengths is not None:
-        x = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    if lengths is not None:  # torch's own packing has no derivative in forward mode, and says so
+        packed = pack_padded_sequence(torch.zeros(T, B, I), lengths, enforce_sorted=False)
+        x = packed._replace(data=x.flatten(0, 1)[: len(packed.data)])
     output, (h_n, c_n), *cells = functional_call(module, parameters, (x, hx), options)
     return (output if lengths is None else output.data, h_n, c_n, *cells)
 
@@ -157,3 +158,57 @@ def test_whoever_detaches_may_draw_within_a_transform(name):
 
     assert torch.func.grad(loss)(logits).isfinite().all()
     assert jvp(loss, (logits,), (logits,))[1].isfinite()
+
+
+# ---- where forward mode meets reverse mode
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "projection", "layer norm", "reset", "lengths", "together"]
+)
+def test_a_gradient_of_a_dual_number(name):
+    """The gradient is linear in what comes from above: its tangent along a change of that."""
+    f, (parameters, x, hx) = problem(name)
+    x = x.clone().requires_grad_()
+    parameters = {n: p.clone().requires_grad_() for n, p in parameters.items()}
+    output, *_ = f(parameters, x, hx)
+    wanted = [x, *parameters.values()]
+    upstream, along = torch.randn_like(output), torch.randn_like(output)
+    expected = torch.autograd.grad(output, wanted, along, retain_graph=True)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(upstream, along)
+        grads = torch.autograd.grad(output, wanted, dual)
+        tangents = [forward_ad.unpack_dual(g).tangent for g in grads]
+    for got, truth in zip(tangents, expected, strict=True):
+        assert_close(got, truth)
+
+
+@pytest.mark.parametrize("name", ["plain", "together", "loss"])
+def test_jvp_of_a_vjp(name):
+    """A pullback within a transform that began when the pullback's own had ended."""
+    if name == "loss":
+        x, weight, target = torch.randn(5, 3), torch.randn(7, 3), torch.arange(5)
+        output, pullback = torch.func.vjp(
+            lambda x: llmkern.ops.linear_cross_entropy(x, weight, target, reduction="none"), x
+        )
+    else:
+        f, (parameters, x, hx) = problem(name)
+        output, pullback = torch.func.vjp(lambda x: f(parameters, x, hx)[0], x)
+    upstream, along = torch.randn_like(output), torch.randn_like(output)
+    _, (tangent,) = jvp(pullback, (upstream,), (along,))
+    assert_close(tangent, pullback(along)[0])
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad"])
+def test_what_was_recorded_of_a_layer_raises(mode):
+    """An exported program calls the operator itself, which has no rule for forward mode."""
+    layer = llmkern.nn.LSTM(I, H)
+    x = torch.randn(T, B, I)
+    program = torch.export.export(layer, (x,)).module()
+    with (
+        torch.set_grad_enabled(mode == "grad"),
+        forward_ad.dual_level(),
+        pytest.raises((NotImplementedError, RuntimeError), match=r"forward mode|forward AD"),
+    ):
+        program(forward_ad.make_dual(x, x))
+    assert program(x)[0].shape == (T, B, H)

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from llmkern.ops import _autocast, _checks
+from llmkern.ops._derivatives import in_forward_mode
 from llmkern.ops.lstm import autograd, composite
 from llmkern.ops.lstm.arguments import LAYER, Backward, BackwardResults, Forward, ForwardResults
 
@@ -201,7 +201,7 @@ def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, *, dtype: torch.dtype | None
 def _beyond_kernels(input: Tensor, variant: bool) -> bool:
     """Whether this takes the composite layer: variants on CUDA, and derivatives in forward mode (torch.func.jvp)."""
     # Not every input is a tensor: the operator has still to say so.
-    return (variant and getattr(input, "is_cuda", False)) or forward_ad._current_level >= 0
+    return (variant and getattr(input, "is_cuda", False)) or in_forward_mode()
 
 
 def _saves(op: str, tensors: Sequence[Tensor | None], packed: Tensor | None) -> bool:
