@@ -49,9 +49,9 @@ def resumed(
         raise ValueError(
             f"--resume: expected a run of llmkern train in {folder}, got one of a {content['model_class']}"
         )
-    words = Tokenizer.from_json(content["tokenizer"])
+    run_tokenizer = Tokenizer.from_json(content["tokenizer"])
     source = content["source"] or {}
-    options = _TOKENIZER_DEFAULTS | source.get("tokenizer", {}) | {"kind": words.kind}
+    options = _TOKENIZER_DEFAULTS | source.get("tokenizer", {}) | {"kind": run_tokenizer.kind}
     for name, value in tokenizer.items():
         check_same(name, value, options.get(name))
     for name, value in model.items():
@@ -60,7 +60,7 @@ def resumed(
         if name not in RESUMABLE:
             check_same(name, value, content["arguments"][name])
     arguments = dataclasses.replace(TrainingArguments(**content["arguments"]), **training)
-    return Resumed(LanguageModel(**content["model_config"]), words, arguments, source)
+    return Resumed(LanguageModel(**content["model_config"]), run_tokenizer, arguments, source)
 
 
 def check_same(name: str, asked: Any, saved: Any) -> None:

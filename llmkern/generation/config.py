@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How to choose the next token, under the names of Hugging Face's GenerationConfig."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llmkern.ops._sampling_arguments import SETTINGS, check_setting
 from llmkern.text.tokenizer import UNKNOWN, Unknown
 
 
@@ -40,6 +40,7 @@ class GenerationConfig:
             sequence j of a prompt uses seed + j. None draws seeds from torch's generator.
 
     Raises:
+        TypeError: a setting of the sampler is no number; names it.
         ValueError: a value is out of range; names it.
     """
 
@@ -70,10 +71,8 @@ class GenerationConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise _error(name, f"an int >= {least}", value)
-        for name, (low, high, expected) in _RANGES.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise _error(name, expected, value)
+        for name in SETTINGS:
+            check_setting("generate", name, getattr(self, name))
         if self.min_new_tokens > self.max_new_tokens:
             raise _error(
                 "min_new_tokens",
@@ -126,20 +125,8 @@ class GenerationConfig:
 _INTEGERS = {
     "max_new_tokens": 1,
     "min_new_tokens": 0,
-    "top_k": 0,
     "no_repeat_ngram_size": 0,
     "num_return_sequences": 1,
-}
-_LARGEST = 1.7976931348623157e308
-_ABOVE_ZERO = math.ulp(0.0)
-_RANGES = {
-    "temperature": (0.0, _LARGEST, "a finite number >= 0"),
-    "top_p": (_ABOVE_ZERO, 1.0, "a number in (0, 1]"),
-    "min_p": (0.0, 1.0, "a number in [0, 1]"),
-    "typical_p": (_ABOVE_ZERO, 1.0, "a number in (0, 1]"),
-    "repetition_penalty": (_ABOVE_ZERO, _LARGEST, "a finite number > 0"),
-    "presence_penalty": (-_LARGEST, _LARGEST, "a finite number"),
-    "frequency_penalty": (-_LARGEST, _LARGEST, "a finite number"),
 }
 
 

@@ -78,7 +78,7 @@ class Sampler(nn.Module):
         self.presence_penalty = presence_penalty
         self.frequency_penalty = frequency_penalty
         for name in SETTINGS:
-            check_setting(name, getattr(self, name))
+            check_setting("sample", name, getattr(self, name))
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks shared by the operators: one form of message, ``llmkern.<op>: expected ..., got ...``."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +37,15 @@ def float_dtypes(tensor: Tensor) -> Sequence[torch.dtype]:
 def widened(dtype: torch.dtype) -> torch.dtype:
     """What values of the dtype are summed in."""
     return dtype if dtype in FLOAT_DTYPES else torch.float32
+
+
+def size(tensor: Tensor, dim: int) -> int:
+    """tensor.shape[dim], for a check: torch.jit.trace takes it for a constant, and shall not warn of that."""
+    if not torch.jit.is_tracing():
+        return tensor.shape[dim]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return int(tensor.shape[dim])
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:

@@ -49,17 +49,16 @@ _RANGES = {
 
 
 SETTINGS = tuple(_RANGES)
+_NUMBERS = "a number or a Tensor [B]"
 
 
-def check_setting(name: str, value: object) -> None:
-    """Raises unless value is a number in the range of the setting ``name``."""
+def check_setting(op: str, name: str, value: object, kind: str = "a number") -> None:
+    """Raises unless value is a number in the range of the setting ``name``; ``kind`` says what else ``op`` takes."""
     expected = _RANGES[name]
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(
-            f"llmkern.sample: expected {name} to be a number or a Tensor [B], got {type(value).__name__}"
-        )
+        raise TypeError(f"llmkern.{op}: expected {name} to be {kind}, got {type(value).__name__}")
     if not expected.holds(float(value)):
-        raise ValueError(f"llmkern.sample: expected {name} {expected.text}, got {value}")
+        raise ValueError(f"llmkern.{op}: expected {name} {expected.text}, got {value}")
 
 
 def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
@@ -76,20 +75,25 @@ def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
             _seed.check_row_tensor(_OP, "logits", name, value, B, device)
             columns.append(value.detach().to(torch.float64).expand(B))
         else:
-            check_setting(name, value)
+            check_setting(_OP, name, value, _NUMBERS)
             columns.append(torch.full((B,), float(value), dtype=torch.float64, device=device))
     return torch.stack(columns, dim=1)
 
 
 def _number_settings(values: tuple[float, ...], device: torch.device) -> Tensor:
     for name, value in zip(_RANGES, values, strict=True):
-        check_setting(name, value)
+        check_setting(_OP, name, value, _NUMBERS)
     numbers = [float(value) for value in values]
     return torch.tensor([numbers], dtype=torch.float64, device=device)
 
 
 # A decoding loop passes the same numbers at every step.
 _cached_number_settings = functools.lru_cache(maxsize=64)(_number_settings)
+
+
+def forget_settings() -> None:
+    """Frees the tensors of settings that were plain numbers."""
+    _cached_number_settings.cache_clear()
 
 
 class BiasTensors(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from llmkern.ops import _checks
+from llmkern.ops._derivatives import vjp
 from llmkern.ops.lstm import composite, vmap
 
 
@@ -69,7 +70,7 @@ def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
         upstream, layer, masks = given[_UPSTREAM], given[_LAYER], given[_MASKS]
         return _first_gradients(upstream, layer, masks, ctx.options, ctx.weights, wanted)
 
-    _, pullback = _vjp(first_gradients, *[tensors[i] for i in needed])
+    _, pullback = vjp(first_gradients, *[tensors[i] for i in needed])
     for i, grad in zip(needed, pullback(tuple(grads[i] for i in wanted)), strict=True):
         results[i] = grad
     return tuple(results)
@@ -95,38 +96,12 @@ def _first_gradients(upstream, layer, masks, options, weights, wanted):  # type:
         outputs = composite.lstm(*tensors, *masks, **options, shift=shifted)
         return tuple(outputs[i] for i in used)
 
-    _, pullback = _vjp(outputs_of, *[[*layer, shift][i] for i in by])
+    _, pullback = vjp(outputs_of, *[[*layer, shift][i] for i in by])
     found = dict(zip(by, pullback(tuple(upstream[i] for i in used)), strict=True))
     if weights and _SHIFT in found:
         found[_SHIFT] = found[_SHIFT].sum((0, 1))
     empty = layer[0].new_zeros(0)
     return tuple(found[places[i]].to(dtype) if i in places else empty for i in wanted)
-
-
-def _vjp(f, *primals):  # type: ignore[no-untyped-def]
-    """torch.func.vjp, which refuses to run beside hooks for saved tensors, for the world outside of torch.func too."""
-    if torch._C._are_functorch_transforms_active():
-        return torch.func.vjp(f, *primals)
-    go_on = torch.is_grad_enabled()
-    with torch.enable_grad():
-        variables = [
-            t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in primals
-        ]
-        outputs = f(*variables)
-
-    def pullback(upstream):  # type: ignore[no-untyped-def]
-        pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
-        if not pairs or not variables:
-            return [torch.zeros_like(v) for v in variables]
-        return torch.autograd.grad(
-            [o for o, _ in pairs],
-            variables,
-            [u for _, u in pairs],
-            create_graph=go_on,
-            materialize_grads=True,
-        )
-
-    return outputs, pullback
 
 
 torch.library.register_autograd("llmkern::lstm", _backward, setup_context=_save_for_backward)

@@ -368,21 +368,23 @@ def _lstm_fake(  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("llmkern::lstm_step")
-def _lstm_step_fake(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, packed=None):  # type: ignore[no-untyped-def]
+def _lstm_step_fake(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh):  # type: ignore[no-untyped-def]
     size = c_0.numel() * (_checks.widened(c_0.dtype).itemsize + 4 * c_0.dtype.itemsize)
     saved = c_0.new_empty(size, dtype=torch.uint8)
     return c_0.new_empty(c_0.shape), c_0.new_empty(c_0.shape), saved
 
 
 @torch.library.register_fake("llmkern::lstm_step_backward")
-def _lstm_step_backward_fake(grad_h, grad_c, c_0, weight_ih, weight_hh, saved, packed=None):  # type: ignore[no-untyped-def]
+def _lstm_step_backward_fake(grad_h, grad_c, c_0, weight_ih, weight_hh, saved):  # type: ignore[no-untyped-def]
     B, H = c_0.shape
     return tuple(c_0.new_empty(B, n) for n in (weight_ih.shape[1], H, H, 4 * H))
 
 
 @torch.library.register_fake("llmkern::lstm_layers")
-def _lstm_layers_fake(input, h_0, c_0, packed, has_bias, batch_first=False):  # type: ignore[no-untyped-def]
-    _checks.check_same_device("lstm", {"input": input, "h_0": h_0, "c_0": c_0, "packed": packed})
+def _lstm_layers_fake(input, h_0, c_0, parameters, packed, batch_first=False):  # type: ignore[no-untyped-def]
+    _checks.check_same_device(
+        "lstm", {"input": input, "h_0": h_0, "c_0": c_0, "weight_ih": parameters[0]}
+    )
     output = input.new_empty(*input.shape[:-1], h_0.shape[-1])
     return output, input.new_empty(h_0.shape), input.new_empty(h_0.shape)
 
@@ -415,7 +417,6 @@ def _lstm_backward_fake(  # type: ignore[no-untyped-def]
     zoneout_c=0.0,
     reverse=False,
     weights=True,
-    packed=None,
 ):
     T, B, _ = input.shape
     dense = [input.new_empty(t.shape) for t in (input, h_0, c_0)]

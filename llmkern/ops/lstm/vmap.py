@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern.ops._derivatives import one_by_one
+
 # The dimension in which rows lie, in every argument and result; None: not per row.
 _STATES = (1, 0, 0)
 _PARAMETERS = (None,) * 7
@@ -27,7 +29,7 @@ def layer(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *a
     zoneout_h, zoneout_c = args[tensors : tensors + 2]
     masks = args[12] is not None and (zoneout_h > 0 or zoneout_c > 0)  # a row's place is in them
     if masks or not _foldable(_FORWARD, in_dims):
-        return _one_by_one(call, n, in_dims, args)
+        return one_by_one(call, n, in_dims, args)
     results = call(*_fold(args[:tensors], in_dims, _FORWARD, n), *args[tensors:])
     return _unfold(results, _RESULTS, n)
 
@@ -39,7 +41,7 @@ def backward(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None],
     # Elsewhere the gradients of the gates, all that rows have on their own, do not tell those of the weights.
     plain = all(args[i] is None for i in (11, 12, 14, 15)) and zoneout_h == zoneout_c == 0
     if not plain or args[4].is_cuda or not _foldable(_BACKWARD, in_dims):
-        return _one_by_one(call, n, in_dims, args)
+        return one_by_one(call, n, in_dims, args)
     folded = _fold(args[:tensors], in_dims, _BACKWARD, n)
     results = call(*folded, zoneout_h, zoneout_c, reverse, False)
     per_row, dims = _unfold(results[:4], _GRADIENTS, n)
@@ -61,17 +63,6 @@ def backward(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None],
 def _foldable(dims: Sequence[int | None], in_dims: Sequence[int | None]) -> bool:
     """Whether nothing is mapped but what has rows."""
     return all(at is None or dim is not None for at, dim in zip(in_dims, dims, strict=False))
-
-
-def _one_by_one(
-    call: Callable[..., Any], n: int, in_dims: Sequence[int | None], args: Sequence[Any]
-) -> Any:
-    results = [
-        call(*[a if at is None else a.select(at, i) for a, at in zip(args, in_dims, strict=True)])
-        for i in range(n)
-    ]
-    stacked = tuple(torch.stack(r) for r in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
 
 
 def _fold(
