@@ -111,7 +111,7 @@ template <class T>
 struct LstmBackward {
   const T *grad_output, *grad_h_n, *grad_c_n;  // each may be null: zero
   const Widened<T>* grad_cells;                // or null
-  // Of a plain layer input, h_0 and output may be null where the gates are there and grad_weight_ih is null.
+  // Of a plain layer input, h_0 and output may be null where the gates are there and grad_weight_hh is null.
   const T *input, *h_0, *c_0;
   const T *weight_ih, *weight_hh;
   const T *bias_ih, *bias_hh;  // or null
@@ -121,10 +121,12 @@ struct LstmBackward {
   const Widened<T>* cells;
   const T *gates, *normalized;  // null: computed again
   const Widened<T>* scales;
-  T* grad_gates;  // [T, B, 4H]: da of every step; may be null where the gradients of the weights are wanted
-  T *grad_input, *grad_h_0, *grad_c_0;
-  T *grad_weight_ih, *grad_weight_hh;  // null: the gradients of weights, biases and gains are not wanted
-  T* grad_bias;                        // [4H]: the gradient of both biases
+  T* grad_gates;  // [T, B, 4H]: da of every step, or null; of plain layers without lengths alone
+  T* grad_input;  // or null
+  T *grad_h_0, *grad_c_0;
+  // grad_weight_hh null: the gradients of weights, biases and gains are not wanted. (That of W_ih is null with I = 0.)
+  T *grad_weight_ih, *grad_weight_hh;
+  T* grad_bias;  // [4H]: the gradient of both biases
   T *grad_weight_hr, *grad_norm_gates, *grad_norm_cell;
   int64_t steps, B, I, H, P;
   bool reverse;

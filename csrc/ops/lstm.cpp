@@ -290,7 +290,7 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
                            const OptionalTensor& lengths_any, const OptionalTensor& reset_any,
                            const OptionalTensor& seed, const Tensor& output, const Tensor& cells, const Tensor& gates,
                            const Tensor& normalized, const Tensor& scales, double zoneout_h, double zoneout_c,
-                           bool reverse, bool weights) {
+                           bool reverse, bool weights, bool need_input) {
   const Layer given = {
       .input = input_any,
       .h_0 = h_0_any,
@@ -323,16 +323,14 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
   const bool norm = given.norm_gates.has_value(), projection = given.weight_hr.has_value();
   saved_any.check(n, dtype, wide, norm);
-  if (!weights && (given.lengths || !given.is_plain())) {
-    fail(kName, "expected weights=True beside lengths and variants");
-  }
+  const bool by_step = given.is_plain() && !given.lengths;
   const Layer layer = given.contiguous();
   const Saved saved = saved_any.contiguous();
   check_values(layer.lengths, n.T);
   const Tensor& input = layer.input;
-  const Tensor grad_input = empty_recycled(input, {n.T, n.B, n.I}), grad_h_0 = empty(input, {n.B, n.P});
-  const Tensor grad_c_0 = empty(input, {n.B, n.H}),
-               grad_gates = empty_recycled_if(!weights, input, {n.T, n.B, 4 * n.H});
+  const Tensor grad_input = empty_recycled_if(need_input, input, {n.T, n.B, n.I});
+  const Tensor grad_h_0 = empty(input, {n.B, n.P}), grad_c_0 = empty(input, {n.B, n.H});
+  const Tensor grad_gates = empty_recycled_if(!weights && by_step, input, {n.T, n.B, 4 * n.H});
   const Tensor grad_weight_ih = empty_recycled_if(weights, input, {4 * n.H, n.I});
   const Tensor grad_weight_hh = empty_recycled_if(weights, input, {4 * n.H, n.P});
   const Tensor grad_bias = empty_if(weights, input, {4 * n.H});
@@ -361,8 +359,8 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
             .gates = saved.has_gates() ? data<T>(saved.gates) : nullptr,
             .normalized = saved.has_gates() && norm ? data<T>(saved.normalized) : nullptr,
             .scales = saved.has_gates() && norm ? data<Widened<T>>(saved.scales) : nullptr,
-            .grad_gates = data_if<T>(!weights, grad_gates),
-            .grad_input = mutable_data<T>(grad_input),
+            .grad_gates = data_if<T>(!weights && by_step, grad_gates),
+            .grad_input = data_if<T>(need_input, grad_input),
             .grad_h_0 = mutable_data<T>(grad_h_0),
             .grad_c_0 = mutable_data<T>(grad_c_0),
             .grad_weight_ih = data_if<T>(weights, grad_weight_ih),
@@ -389,14 +387,14 @@ Tensor rows_of(const Tensor& steps) {  // [T, B, X] as [T * B, X]
   return torch::stable::view(steps, {steps.size(0) * steps.size(1), steps.size(2)});
 }
 
-LstmSizes check_cuda(const Layer& layer, const OptionalTensor& grad_cells, bool weights) {
+LstmSizes check_cuda(const Layer& layer, const OptionalTensor& grad_cells) {
   const LstmSizes n = layer.check();
   for (const OptionalTensor& tensor :
        {OptionalTensor(layer.h_0), OptionalTensor(layer.c_0), OptionalTensor(layer.weight_ih),
         OptionalTensor(layer.weight_hh), layer.bias_ih, layer.bias_hh, layer.lengths}) {
     if (tensor && !same_device(*tensor, layer.input)) fail(kName, "expected every tensor on one device");
   }
-  if (!layer.is_plain() || grad_cells.has_value() || !weights) {
+  if (!layer.is_plain() || grad_cells.has_value()) {
     fail(kName, "expected a layer without projection, layer norm, zoneout, reset and cell states on CUDA");
   }
   return n;
@@ -425,7 +423,7 @@ Forward lstm_cuda(const Tensor& input_any, const Tensor& h_0_any, const Tensor& 
       .zoneout_h = zoneout_h,
       .zoneout_c = zoneout_c,
   };
-  const LstmSizes n = check_cuda(given, std::nullopt, true);
+  const LstmSizes n = check_cuda(given, std::nullopt);
   const OnCuda cuda(input_any);
   const Layer layer = given.contiguous();
   const Tensor& input = layer.input;
@@ -472,7 +470,8 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
                             const OptionalTensor& norm_gates, const OptionalTensor& norm_cell,
                             const OptionalTensor& lengths_any, const OptionalTensor& reset, const OptionalTensor& seed,
                             const Tensor& output, const Tensor& cells, const Tensor& gates, const Tensor& normalized,
-                            const Tensor& scales, double zoneout_h, double zoneout_c, bool reverse, bool weights) {
+                            const Tensor& scales, double zoneout_h, double zoneout_c, bool reverse, bool weights,
+                            bool need_input) {
   const Layer given = {
       .input = input_any,
       .h_0 = h_0_any,
@@ -490,7 +489,7 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
       .zoneout_h = zoneout_h,
       .zoneout_c = zoneout_c,
   };
-  const LstmSizes n = check_cuda(given, grad_cells, weights);
+  const LstmSizes n = check_cuda(given, grad_cells);
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
   const Saved saved_any = {
       .grad_output = grad_output,
@@ -511,7 +510,7 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
   const Tensor& input = layer.input;
   const Tensor grad_gates = empty(input, {n.T, n.B, 4 * n.H}), grad_cell = empty(input, {n.B, n.H}, wide);
   const Tensor grad_h_0 = empty(input, {n.B, n.H}), grad_c_0 = empty(input, {n.B, n.H});
-  const Tensor previous = empty(input, {n.T, n.B, n.H});
+  const Tensor previous = empty_if(weights, input, {n.T, n.B, n.H});
   for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cuda::run(
@@ -534,6 +533,7 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
             .reverse = reverse,
         },
         cuda.stream());
+    if (!weights) return;
     cuda::run(
         LstmPrevious<T>{
             .h_0 = data<T>(layer.h_0),
@@ -547,17 +547,22 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
         },
         cuda.stream());
   });
-  const Tensor rows = rows_of(grad_gates), columns = transposed(rows);
-  return {torch::stable::view(product(rows, layer.weight_ih), {n.T, n.B, n.I}),
+  const Tensor rows = rows_of(grad_gates), none = empty(input, {0});
+  const Tensor grad_input =
+      need_input ? torch::stable::view(product(rows, layer.weight_ih), {n.T, n.B, n.I}) : empty(input, {0});
+  if (!weights)
+    return {grad_input, grad_h_0, grad_c_0, layer.lengths ? none : grad_gates, none, none, none, none, none, none};
+  const Tensor columns = transposed(rows);
+  return {grad_input,
           grad_h_0,
           grad_c_0,
-          empty(input, {0}),
+          none,
           product(columns, rows_of(input)),
           product(columns, rows_of(previous)),
           sum_rows(rows, dtype),
-          empty(input, {0}),
-          empty(input, {0}),
-          empty(input, {0})};
+          none,
+          none,
+          none};
 }
 #endif
 
@@ -579,7 +584,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
       "Tensor h_0, Tensor c_0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
       "Tensor? weight_hr, Tensor? norm_gates, Tensor? norm_cell, Tensor? lengths, Tensor? reset, Tensor? seed, "
       "Tensor output, Tensor cells, Tensor gates, Tensor normalized, Tensor scales, float zoneout_h=0.0, "
-      "float zoneout_c=0.0, bool reverse=False, bool weights=True) -> (Tensor grad_input, Tensor grad_h_0, "
+      "float zoneout_c=0.0, bool reverse=False, bool weights=True, bool need_input=True) -> (Tensor grad_input, Tensor "
+      "grad_h_0, "
       "Tensor grad_c_0, Tensor grad_gates, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias, "
       "Tensor grad_weight_hr, Tensor grad_norm_gates, Tensor grad_norm_cell)");
 }

@@ -16,7 +16,6 @@ from llmkern.cli.corpus import Encoded, checked_device, encode, train_tokenizer
 from llmkern.cli.data_record import data_record
 from llmkern.cli.presets import PRESETS
 from llmkern.cli.resuming import check_same, resumed
-from llmkern.cli.run_folder import check_unused, clear
 from llmkern.models import LanguageModel
 from llmkern.text import Splits, Tokenizer, corpus_files, language_modeling_splits
 from llmkern.text.backends import KINDS
@@ -28,6 +27,7 @@ from llmkern.training.arguments import (
     PRECISIONS,
     SCHEDULES,
 )
+from llmkern.training.run_folder import check_folder
 from llmkern.training.texts import checked_lanes, default_eval_batch_size
 
 _TOKENIZER_OPTIONS = ("vocab_size", "min_frequency", "lowercase", "unk")
@@ -196,13 +196,11 @@ def train(
     if overwrite and resume:
         raise ValueError("expected --resume or --overwrite, got both")
     options = _options(given)
+    check_folder(output, resume=resume, overwrite=overwrite)
     saved = resumed(output, *options) if resume else None
     fraction = _valid_fraction(valid_fraction, path, None if saved is None else saved.source)
     splits = language_modeling_splits(*path, valid_fraction=fraction)
     if saved is None:
-        if overwrite:
-            clear(output)
-        check_unused(output)
         model, run_tokenizer, arguments = _new(splits, *options, show=not quiet)
         source = data_record(path, splits, fraction, options.tokenizer)
     else:
@@ -227,7 +225,7 @@ def train(
     test_lanes = _test_lanes(trainer, texts)
     if not quiet:
         _describe(model, run_tokenizer, texts, trainer.arguments)
-    result = trainer.train(resume=resume)
+    result = trainer.train(resume=resume, overwrite=overwrite)
     _report(result, trainer.arguments, output)
     again = _line_to_go_on(result, trainer.arguments, path, output, given)
     if again is not None:

@@ -4,7 +4,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmkern.ops._sampling_arguments import SETTINGS, check_setting
+from llmkern.ops._checks import plain_number
+from llmkern.ops._sampling_arguments import SETTINGS, checked_setting
 from llmkern.text.tokenizer import UNKNOWN, Unknown
 
 
@@ -67,12 +68,15 @@ class GenerationConfig:
     seed: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        for name in (*_INTEGERS, "bos_token_id", "eos_token_id", "pad_token_id", "seed"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise _error(name, f"an int >= {least}", value)
         for name in SETTINGS:
-            check_setting("generate", name, getattr(self, name))
+            value = checked_setting("generate", name, getattr(self, name))
+            object.__setattr__(self, name, value)
         if self.min_new_tokens > self.max_new_tokens:
             raise _error(
                 "min_new_tokens",

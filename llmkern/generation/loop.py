@@ -190,7 +190,7 @@ def _seeds(config: GenerationConfig, prompts: int) -> list[int]:
         raise ValueError(
             f"llmkern.generate: expected one seed or {prompts}, one for each prompt, got {len(config.seed)}"
         )
-    return list(config.seed)
+    return [int(seed) for seed in config.seed]
 
 
 def _write(

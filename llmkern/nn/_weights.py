@@ -101,7 +101,8 @@ def snapshot_weights(module: nn.Module) -> Iterator[None]:
         ...     for _ in range(100):
         ...         x, state = step(model, x, state)
     """
-    held = [m for m in module.modules() if getattr(m, "_snapshot", False) is None]
+    modules: list[Any] = [*module.modules()]
+    held = [m for m in modules if getattr(m, "_snapshot", False) is None]
     layers = {m: m._layers() for m in held}
     taken = [m for m in held if all(is_plain(*layer.values()) for layer in layers[m])]
     try:

@@ -3,6 +3,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ class DtypeError(TypeError, ValueError, RuntimeError):
 
 def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def plain_number(value: Any) -> Any:
+    """The Python number in a numpy scalar, or in an array or a tensor without dimensions; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def check_tensor(op: str, name: str, value: object) -> None:

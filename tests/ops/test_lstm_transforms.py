@@ -12,7 +12,7 @@ import llmkern
 from llmkern.ops.lstm import vmap as lstm_vmap
 from tests.conftest import assert_close
 from tests.ops.test_lstm import layer, torch_lstm
-from tests.ops.test_lstm_variants import NAMES, problem
+from tests.ops.test_lstm_variants import NAMES, named, problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,7 +109,7 @@ def test_options(options, dim, numbers, reverse):
     assert_all_close(got, expected)
 
 
-@pytest.mark.parametrize("chosen", [{"projection"}, {"layer_norm"}, set(NAMES)], ids=str)
+@pytest.mark.parametrize("chosen", [{"projection"}, {"layer_norm"}, set(NAMES)], ids=named)
 def test_variants(chosen):
     """Per-sample gradients of what only some layers have."""
     leaves, options = problem((T, B, I, H, 3), chosen)

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkern.text import bptt_windows, contiguous_lanes, corpus_files, language_modeling_splits
@@ -188,7 +188,6 @@ def test_several_paths_are_read_in_their_order_and_none_is_left_out(tmp_path):
 
 
 @given(st.integers(20, 400))
-@settings(deadline=None)
 def test_single_file_is_cut_without_loss(tmp_path_factory, length):
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     text = "".join(chr(0x4E00 + i) for i in range(length))

@@ -6,7 +6,7 @@ import sys
 
 import jieba
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkern.text import segmentation
@@ -58,7 +58,6 @@ def test_words_are_jiebas():
 
 
 @given(st.text(st.characters(codec="utf-8") | st.sampled_from("今天天气非常好，\r\n\t 3.5%")))
-@settings(deadline=None)
 def test_words_join_to_the_text(text):
     assert "".join(chinese_words(text)) == text
 

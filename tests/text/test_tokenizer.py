@@ -28,7 +28,6 @@ def by_frequency(counts: Counter) -> tuple[str, ...]:
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1))
-@settings(deadline=None)
 def test_char_vocabulary_is_by_frequency_then_code_point(texts):
     counts = Counter("".join(texts))
     assert Tokenizer.train(texts, kind="char").tokens == by_frequency(counts)
@@ -40,7 +39,6 @@ WORDS = st.text(st.sampled_from("ab天 \t\r\n"), min_size=1, max_size=40).filter
 
 
 @given(WORDS)
-@settings(deadline=None)
 def test_word_against_a_plain_implementation(text):
     tokenizer = Tokenizer.train([text, "<unk> <eos> <unk>\n"], kind="word")
     assert tokenizer.tokens == ("<unk>", "<eos>", *by_frequency(Counter(text.split())))
@@ -51,7 +49,6 @@ def test_word_against_a_plain_implementation(text):
 
 
 @given(UNICODE)
-@settings(deadline=None)
 def test_char_round_trip(text):
     tokenizer = Tokenizer.train(text + "x", kind="char")
     ids = tokenizer.encode(text)
@@ -65,7 +62,6 @@ def bpe():
 
 
 @given(text=UNICODE | st.text(st.sampled_from(MIXED + "<eos>")))
-@settings(deadline=None)
 def test_bpe_round_trip(bpe, text):
     assert bpe.decode(bpe.encode(text)) == text
 
@@ -78,7 +74,6 @@ def test_bpe_vocabulary(bpe):
 
 
 @given(st.text(st.sampled_from(MIXED)))
-@settings(deadline=None)
 def test_jieba_round_trip_of_known_words(text):
     tokenizer = Tokenizer.train([text, "今天"], kind="jieba")
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -98,7 +93,6 @@ PIECES = st.text(st.sampled_from("ab .'\n\r\t\u3000天气e\u0301\u1100\u1161Ａ�
 
 
 @given(PIECES, st.sampled_from(("char", "word", "bpe")), st.sampled_from((None, "NFC", "NFKC")))
-@settings(deadline=None)
 def test_pieces_give_the_ids_of_the_whole_text(text, kind, normalization):
     tokenizer = Tokenizer.train(
         text + " x", kind=kind, normalization=normalization, lowercase=normalization is not None

@@ -269,8 +269,8 @@ void backward(const LstmBackward<T>& a, const Schedule& schedule, const Parallel
     copy_narrowed(a.grad_norm_cell, norm_cell, 2 * a.H);
   }
   if (norm) normalized_input_gradients(a, schedule, state, parallel);
-  input_gradient<Op>(a, schedule, grad_gates, parallel);
-  if (a.grad_weight_ih != nullptr) {
+  if (a.grad_input != nullptr) input_gradient<Op>(a, schedule, grad_gates, parallel);
+  if (a.grad_weight_hh != nullptr) {
     weight_gradients<Op>(a, tokens, state, grad_gates, norm ? grad_hidden : grad_gates, parallel);
   }
 }

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from llmkern.ops import _checks
-from llmkern.ops.lstm.layer import explained
+from llmkern.ops.lstm.layer import WRONG_ARGUMENTS, error_in_arguments
 
 Weights = Sequence[Tensor | None]
 _STEP = torch.ops.llmkern.lstm_step.default
@@ -51,8 +51,8 @@ class LstmLoop:
         state = input, h_0, c_0
         try:
             return _Step.apply(self, *state, self._token, *self._weights)  # type: ignore[no-any-return, no-untyped-call]
-        except Exception as error:
-            raise explained(error, "lstm_cell", "B, I", *state, *self._weights) from None
+        except WRONG_ARGUMENTS as error:
+            raise error_in_arguments(error, "lstm_cell", "B, I", *state, *self._weights) from None
 
 
 def can_defer(weights: Weights) -> bool:
