@@ -212,6 +212,8 @@ def test_a_signal_saves_and_stops(tmp_path, number):
         return loss(*args)
 
     model.loss = interrupted
+    if signal.getsignal(number) == signal.SIG_IGN:  # the tests themselves run under nohup
+        signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     result = trainer(model, tmp_path).train()
     assert (result.stop_reason, result.step) == ("interrupted", 5)
