@@ -41,8 +41,9 @@ demo: build
 	    --valid-fraction 0 --overwrite
 	$(BIN)/llmkern generate runs/demo --prompt 今天天气非常好 --max-new-tokens 80 --temperature 0.5 --seed 1
 
+# A process for each job; tests/conftest.py divides the tests among them.
 test: build lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(MAX_JOBS) --durations=20
 
 bench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-enable -o addopts="" --benchmark-only

@@ -1,14 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures for the whole suite: corpora, instruction sets, thread counts, the tolerance table."""
+"""For the whole suite: corpora, instruction sets, threads, the tolerance table; and how processes share the tests."""
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import pytest
-import torch
+# Processes that run tests beside each other (-n) share the cores, they and the processes that they start: two teams of
+# threads on the same cores wait for each other. Tests about threads set their own number.
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if PROCESSES > 1:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // PROCESSES))
 
-import llmkern
+# Before llmkern reads it: tests about threads take as many as they say, however few cores there are.
+os.environ.setdefault("LLMKERN_CORES", "64")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402  (it reads the number of threads)
+
+import llmkern  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ISAS = ("generic", "avx2", "avx512")
@@ -21,6 +32,48 @@ TOLERANCE = {
     torch.float16: 8e-3,
     torch.bfloat16: 3e-2,
 }
+
+
+# How long an example takes, and its drawing, is the machine's affair.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
+
+# What takes minutes begins first, so that no process is left with it at the end.
+LONGEST = (
+    "tests/simt",
+    "tests/simt/test_sanitizers.py",
+    "tests/simt/test_operators.py",
+    "tests/test_packaging.py",
+)
+
+
+def part_of(nodeid: str) -> str:
+    """The part of the suite that stays in one process with a test: its file, because files have fixtures of their own.
+
+    The emulated kernels are one part, because the lines that they executed are counted by process.
+    """
+    file = nodeid.split("::", 1)[0]
+    return "tests/simt" if file.startswith("tests/simt/") and file not in LONGEST else file
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's: absent where that is
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Parts(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return part_of(nodeid)
+
+    config.option.loadscopereorder = False  # the longest come first, not the most numerous
+    return Parts(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {part: rank for rank, part in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(part_of(item.nodeid), len(ranks)))
 
 
 @pytest.fixture(autouse=True)

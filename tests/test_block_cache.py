@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.native import programs
 
 CASES = (
     "blocks_come_back",
@@ -30,19 +31,15 @@ def sanitizer(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def program(sanitizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("native") / f"block_cache_{sanitizer}"
-    flags = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-pthread", "-Icsrc"]
-    command = ["g++", *flags, f"-fsanitize={sanitizer}", *SOURCES, "-o", str(path)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return path
+def program(sanitizer: str) -> Path:
+    return programs.program(f"block_cache_{sanitizer}", SOURCES, f"-fsanitize={sanitizer}")
 
 
 def run(program: Path, case: str) -> subprocess.CompletedProcess[str]:
     options = "allocator_may_return_null=1:detect_leaks=0"  # the process's cache is never freed
     environment = os.environ | {"ASAN_OPTIONS": options, "TSAN_OPTIONS": options}
     return subprocess.run(
-        [program, case], env=environment, capture_output=True, text=True, timeout=120
+        [program, case], env=environment, capture_output=True, text=True, timeout=600
     )
 
 

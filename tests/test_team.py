@@ -3,22 +3,10 @@
 
 import subprocess
 
-from tests.conftest import ROOT
+from tests.native.programs import program
 
 
-def test_teams_on_every_kind_of_pool(tmp_path):
-    program = tmp_path / "team"
-    command = [
-        "g++",
-        "-std=c++20",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-pthread",
-        "-fsanitize=thread",
-    ]
-    command += ["-DLLMKERN_ISA=generic", "-Icsrc", "tests/native/team.cpp", "-o", program]
-    subprocess.run(command, cwd=ROOT, check=True)
-    result = subprocess.run([program], capture_output=True, text=True, timeout=120)
+def test_teams_on_every_kind_of_pool():
+    team = program("team", ["tests/native/team.cpp"], "-fsanitize=thread", "-DLLMKERN_ISA=generic")
+    result = subprocess.run([team], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr

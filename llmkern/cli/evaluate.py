@@ -62,7 +62,7 @@ def evaluate(
     if model.tokenizer is None:
         raise ValueError(f"expected a tokenizer.json in {run}, found none")
     text, name, doubt = _chosen_text(run, path or [], split)
-    encoded = encode(model.tokenizer, text)
+    encoded = encode(model.tokenizer, text, name, show=True)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("evaluating", total=None)

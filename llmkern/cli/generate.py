@@ -12,6 +12,7 @@ from llmkern.cli.corpus import checked_device
 from llmkern.cli.terminal import as_text
 from llmkern.models import GenerationConfig, LanguageModel, TextStreamer
 from llmkern.text import Tokenizer
+from llmkern.text.tokenizer import UNKNOWN
 
 
 def generate(
@@ -46,6 +47,14 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End after this text; may be given again.")
     ] = None,
+    unknown: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of unknown characters or words of the prompt; default: characters are refused, words "
+            "replaced by <unk>.",
+            metavar="|".join(UNKNOWN),
+        ),
+    ] = None,
     allow_unk: Annotated[
         bool, typer.Option("--allow-unk", help="Let the model write its unknown-word token.")
     ] = False,
@@ -68,7 +77,8 @@ def generate(
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"expected a tokenizer.json in {run}, found none")
-    _warn_about_unknown_words(tokenizer, prompt)
+    if unknown is None:
+        _warn_about_unknown_words(tokenizer, prompt)
     never = [tokenizer.pad_id, None if allow_unk else tokenizer.unk_id]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -84,6 +94,7 @@ def generate(
         no_repeat_ngram_size=no_repeat_ngram_size,
         num_return_sequences=num_return_sequences,
         stop_strings=stop,
+        unknown=unknown,  # type: ignore[arg-type]
         suppress_tokens=[token for token in never if token is not None],
         seed=seed,
     )
@@ -98,9 +109,11 @@ def generate(
 
 
 def _warn_about_unknown_words(tokenizer: Tokenizer, prompt: str) -> None:
-    if tokenizer.kind in ("word", "jieba") and tokenizer.unk_id in tokenizer.encode(prompt):
-        unknown = [w for w in prompt.split() if tokenizer.unk_id in tokenizer.encode(w)]
+    if tokenizer.kind == "char" or tokenizer.unk_id is None:
+        return  # refused, with its position
+    unknown = [token for _, token in tokenizer.unknown_tokens(prompt)]
+    if unknown:
         print(
-            f"llmkern: the model does not know {', '.join(unknown) or 'a word of the prompt'} and reads <unk> instead",
+            f"llmkern: the model does not know {', '.join(unknown)} and reads <unk> instead",
             file=sys.stderr,
         )

@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmkern.models import LanguageModel
+from llmkern.models.building import build, shortened
 from llmkern.text import Tokenizer
-from llmkern.training import TrainingArguments, list_checkpoints, load_checkpoint
+from llmkern.training import TrainingArguments, snapshots
 from llmkern.training.arguments import RESUMABLE
+from llmkern.training.checkpoints import reading
 
 # Options whose name is not their setting's, for True and for False.
 _FLAGS = {
     "tie_weights": ("--tied", "--untied"),
     "lowercase": ("--lowercase", "--no-lowercase"),
+    "unk": ("--unk", "--no-unk"),
     "tensorboard": ("--tensorboard", "--no-tensorboard"),
 }
 # What the tokenizer's options are where a run was begun without them.
-_TOKENIZER_DEFAULTS = {"min_frequency": 1, "lowercase": False}
+_TOKENIZER_DEFAULTS = {"min_frequency": 1, "lowercase": False, "unk": False}
 
 
 class Resumed(NamedTuple):
-    """A run to go on with; the model's parameters are still to be loaded."""
+    """A run to go on with."""
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -41,25 +44,39 @@ def resumed(
         FileNotFoundError: there is no checkpoint.
         ValueError: the checkpoint is corrupt, or the command line asks for what would be another run.
     """
-    if not list_checkpoints(folder):
-        raise FileNotFoundError(f"--resume: expected a checkpoint in {folder}, found none")
-    content = load_checkpoint(folder)
-    if content["model_class"] != LanguageModel.__name__ or content["tokenizer"] is None:
+    path, content = snapshots.read(folder)
+    config = content["model_config"]
+    if (
+        content["model_class"] != LanguageModel.__name__
+        or config is None
+        or content["tokenizer"] is None
+    ):
         raise ValueError(
-            f"--resume: expected a run of llmkern train in {folder}, got one of a {content['model_class']}"
+            f"--resume: expected a run of llmkern train in {folder}, got one of a {shortened(content['model_class'])}"
         )
-    words = Tokenizer.from_json(content["tokenizer"])
+    with reading(path, "its tokenizer cannot be read"):
+        words = Tokenizer.from_json(content["tokenizer"])
+    with reading(path, "its arguments are not those of a training"):
+        saved = TrainingArguments(**content["arguments"])
+    model_there = build(
+        LanguageModel,
+        config,
+        content["model"],
+        described_by=f"--resume: {path}",
+        stored_in=f"--resume: {path}",
+    )
     source = content["source"] or {}
-    options = _TOKENIZER_DEFAULTS | source.get("tokenizer", {}) | {"kind": words.kind}
+    with reading(path, "its source is not that of a text"):
+        options = _TOKENIZER_DEFAULTS | source.get("tokenizer", {}) | {"kind": words.kind}
     for name, value in tokenizer.items():
         check_same(name, value, options.get(name))
     for name, value in model.items():
-        check_same(name, value, content["model_config"][name])
+        check_same(name, value, model_there.config[name])
     for name, value in training.items():
         if name not in RESUMABLE:
-            check_same(name, value, content["arguments"][name])
-    arguments = dataclasses.replace(TrainingArguments(**content["arguments"]), **training)
-    return Resumed(LanguageModel(**content["model_config"]), words, arguments, source)
+            check_same(name, value, getattr(saved, name))
+    arguments = dataclasses.replace(saved, **training)
+    return Resumed(model_there, words, arguments, source)
 
 
 def check_same(name: str, asked: Any, saved: Any) -> None:

@@ -16,7 +16,6 @@ from llmkern.cli.corpus import Encoded, checked_device, encode, train_tokenizer
 from llmkern.cli.data_record import data_record
 from llmkern.cli.presets import PRESETS
 from llmkern.cli.resuming import check_same, resumed
-from llmkern.cli.run_folder import check_unused, clear
 from llmkern.models import LanguageModel
 from llmkern.text import Splits, Tokenizer, corpus_files, language_modeling_splits
 from llmkern.text.backends import KINDS
@@ -28,9 +27,10 @@ from llmkern.training.arguments import (
     PRECISIONS,
     SCHEDULES,
 )
+from llmkern.training.run_folder import check_folder
 from llmkern.training.texts import checked_lanes, default_eval_batch_size
 
-_TOKENIZER_OPTIONS = ("vocab_size", "min_frequency", "lowercase")
+_TOKENIZER_OPTIONS = ("vocab_size", "min_frequency", "lowercase", "unk")
 _MODEL_OPTIONS = (
     *("embedding_dim", "hidden_size", "num_layers", "dropout", "tie_weights", "init_range"),
 )
@@ -83,6 +83,12 @@ def train(
         int | None, _option("Tokenizer", "Leave out tokens rarer than this; default: 1.")
     ] = None,
     lowercase: Annotated[bool | None, _option("Tokenizer", "Lower-case the text.")] = None,
+    unk: Annotated[
+        bool | None,
+        _option(
+            "Tokenizer", "Have a token for characters that only other texts hold.", "--unk/--no-unk"
+        ),
+    ] = None,
     embedding_dim: Annotated[
         int | None, _option("Model", "Width of the embedding; default: 256.")
     ] = None,
@@ -190,19 +196,22 @@ def train(
     if overwrite and resume:
         raise ValueError("expected --resume or --overwrite, got both")
     options = _options(given)
+    check_folder(output, resume=resume, overwrite=overwrite)
     saved = resumed(output, *options) if resume else None
     fraction = _valid_fraction(valid_fraction, path, None if saved is None else saved.source)
     splits = language_modeling_splits(*path, valid_fraction=fraction)
     if saved is None:
-        if overwrite:
-            clear(output)
-        check_unused(output)
-        model, words, arguments = _new(splits, *options)
+        model, words, arguments = _new(splits, *options, show=not quiet)
         source = data_record(path, splits, fraction, options.tokenizer)
     else:
         model, words, arguments, source = saved
         source = data_record(path, splits, fraction, source.get("tokenizer", {}))
-    texts = {name: encode(words, text) for name, text in splits._asdict().items() if text}
+    texts = {
+        name: encode(words, text, f"the {name} text", show=not quiet)
+        for name, text in splits._asdict().items()
+        if text
+    }
+    del splits  # as large as the ids
     trainer = Trainer(
         model.to(torch_device),
         arguments,
@@ -216,7 +225,7 @@ def train(
     test_lanes = _test_lanes(trainer, texts)
     if not quiet:
         _describe(model, words, texts, trainer.arguments)
-    result = trainer.train(resume=resume)
+    result = trainer.train(resume=resume, overwrite=overwrite)
     _report(result, trainer.arguments, output)
     again = _line_to_go_on(result, trainer.arguments, path, output, given)
     if again is not None:
@@ -287,10 +296,15 @@ def _test_lanes(trainer: Trainer, texts: dict[str, Encoded]) -> int:
 
 
 def _new(
-    splits: Splits, tokenizer: dict[str, Any], model: dict[str, Any], training: dict[str, Any]
+    splits: Splits,
+    tokenizer: dict[str, Any],
+    model: dict[str, Any],
+    training: dict[str, Any],
+    *,
+    show: bool,
 ) -> tuple[LanguageModel, Tokenizer, TrainingArguments]:
     arguments = TrainingArguments(**({"seed": secrets.randbelow(2**31)} | training))
-    words = train_tokenizer(splits, **({"kind": "char"} | tokenizer))
+    words = train_tokenizer(splits, show=show, **({"kind": "char"} | tokenizer))
     torch.manual_seed(arguments.seed)
     return LanguageModel(words.vocab_size, **model), words, arguments
 

@@ -143,14 +143,15 @@ def contiguous_lanes(ids: Tensor, batch_size: int) -> Tensor:
     B tokens, is dropped.
 
     Args:
-        ids: Tokens, int64 [N].
+        ids: Tokens, int64 or (half the memory) int32 [N].
         batch_size: Number of lanes B.
 
     Returns:
-        int64 [B, N // B], contiguous, sharing the memory of ``ids`` where that is contiguous.
+        [B, N // B] of the same dtype, contiguous, sharing the memory of ``ids`` where that is
+        contiguous.
 
     Raises:
-        TypeError: ``ids`` is not an int64 tensor.
+        TypeError: ``ids`` is not an int64 or int32 tensor.
         ValueError: ``ids`` is not one-dimensional, ``batch_size`` < 1, or N < 2 * B: a lane needs
             an input and a target.
 
@@ -182,16 +183,16 @@ def bptt_windows(
     ``ceil((L - 1) / bptt)`` windows; the last may be shorter.
 
     Args:
-        lanes: int64 [B, L], from ``contiguous_lanes``.
+        lanes: int64 or int32 [B, L], from ``contiguous_lanes``.
         bptt: Longest window.
         start: Column to start at: an earlier ``start`` plus the width of its window resumes there.
 
     Returns:
-        An iterator of (start, inputs [B, t], targets [B, t]), 1 <= t <= bptt; the tensors are views
-        of ``lanes``, the targets one column to the right.
+        An iterator of (start, inputs [B, t], targets [B, t]), 1 <= t <= bptt, int64; the targets
+        are one column to the right. The tensors are views of ``lanes`` where those are int64.
 
     Raises:
-        TypeError: ``lanes`` is not an int64 tensor.
+        TypeError: ``lanes`` is not an int64 or int32 tensor.
         ValueError: ``lanes`` is not two-dimensional or has fewer than 2 columns, ``bptt`` < 1, or
             ``start`` is outside [0, L - 1].
 
@@ -214,15 +215,15 @@ def bptt_windows(
     def windows() -> Iterator[tuple[int, Tensor, Tensor]]:
         for begin in range(start, last, bptt):
             end = min(begin + bptt, last)
-            yield begin, lanes[:, begin:end], lanes[:, begin + 1 : end + 1]
+            yield begin, lanes[:, begin:end].long(), lanes[:, begin + 1 : end + 1].long()
 
     return windows()
 
 
 def _check_ids(where: str, name: str, ids: Tensor, letters: str) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{where}: expected {name} to be an int64 tensor, got {got}")
+        raise TypeError(f"{where}: expected {name} to be an int64 or int32 tensor, got {got}")
     if ids.dim() != letters.count(",") + 1:
         raise ValueError(f"{where}: expected {name} of shape [{letters}], got {list(ids.shape)}")
 

@@ -6,11 +6,6 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-# What a model carries from window to window: a tensor or any nesting of tuples and lists of them.
-Hidden = Any
-
 
 @dataclass
 class TrainingState:
@@ -108,12 +103,3 @@ class Stopwatch:
         """After so many more tokens."""
         self._tokens += tokens
         return self._tokens / max(time.monotonic() - self._began, 1e-9)
-
-
-def detached(hidden: Hidden) -> Hidden:
-    """The same state without its history: the gradient stops at the window's edge."""
-    if isinstance(hidden, Tensor):
-        return hidden.detach()
-    if isinstance(hidden, (tuple, list)):
-        return tuple(detached(part) for part in hidden)
-    return hidden

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.training.arguments import TrainingArguments
+from llmkern.training.carried import Hidden, detached
 from llmkern.training.memory import reraise_out_of_memory
 from llmkern.training.optimization import LearningRate, make_optimizer
-from llmkern.training.state import Hidden, detached
 
 
 class Stepper:

@@ -11,15 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern._files import remove_temporaries, write_files
-from llmkern.models.pretrained import PretrainedMixin
+from llmkern._files import write_files
+from llmkern.models.pretrained import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    PretrainedMixin,
+)
 from llmkern.text import Tokenizer, bptt_windows
 from llmkern.training import checkpoints, snapshots
 from llmkern.training.arguments import TrainingArguments
 from llmkern.training.memory import reraise_out_of_memory
 from llmkern.training.metrics import evaluate
 from llmkern.training.progress import Display, epoch_summary, make_display, validation_summary
-from llmkern.training.run_log import DATA_NAME, RunLog
+from llmkern.training.run_folder import BEST_NAME, RunFolder
+from llmkern.training.run_log import DATA_NAME, LOG_NAME, TENSORBOARD_NAME, RunLog
 from llmkern.training.signals import StopRequest
 from llmkern.training.state import Stopwatch, TrainingState
 from llmkern.training.stepping import Stepper
@@ -79,19 +85,21 @@ class Trainer:
 
     Args:
         model: a module with ``loss(ids [B, T], targets [B, T], state) -> (mean loss, state)``, state None at first.
-            Models of llmkern are also saved with ``save_pretrained``.
+            Models of llmkern are also saved with ``save_pretrained``; the best state_dict of others is best.pt, for
+            ``torch.load``. The state is made of tensors and plain values in tuples, named tuples, lists and dicts.
         arguments: how to train.
-        train_ids: the text, int64 [N].
-        valid_ids: the validation text, int64 [M]; None trains without.
+        train_ids: the text, int64 or int32 [N].
+        valid_ids: the validation text, int64 or int32 [M]; None trains without.
         output_dir: the run's folder, made if need be; None writes nothing.
         tokenizer: saved in the checkpoint and with the model.
         source: where the texts come from, as JSON holds it; saved in the checkpoint and as data.json.
         show_progress: a bar on standard error, or lines where that is no terminal.
 
     Raises:
-        ValueError: a text is too short for its batch size, or has ids the model does not know; a setting needs a
-            validation text and there is none; schedule_steps ends before the run; or the precision does not go
-            with the model's device.
+        TypeError: the model has no ``loss``.
+        ValueError: the model has no parameters; a text is too short for its batch size, or has ids the model does not
+            know; a setting needs a validation text and there is none; schedule_steps ends before the run; or the
+            precision does not go with the model's device.
 
     Example:
         >>> trainer = Trainer(model, TrainingArguments(epochs=3), train_ids, valid_ids, output_dir="run")
@@ -115,6 +123,7 @@ class Trainer:
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.tokenizer = tokenizer
         self.source = source
+        _check_model(model)
         self.device = next(model.parameters()).device
         self._show_progress = show_progress
         self._valid_ids = valid_ids
@@ -140,42 +149,65 @@ class Trainer:
             self.arguments.schedule_steps or self.total_steps,
         )
 
-    def train(self, *, resume: bool = False) -> TrainingResult:
+    def train(self, *, resume: bool = False, overwrite: bool = False) -> TrainingResult:
         """Trains until an end is reached.
 
         Ctrl-C (and SIGTERM) finishes the step, saves and returns; a second Ctrl-C is a KeyboardInterrupt.
 
         Args:
             resume: go on from the newest checkpoint in output_dir.
+            overwrite: replace the run in output_dir, if there is one. It stays as it is until this run has taken a
+                step and saved its first checkpoint; files that no run made are left alone.
 
         Raises:
             FileNotFoundError: there is no checkpoint to resume from.
-            ValueError: the checkpoint is corrupt, or of another model, text or training; or output_dir holds a
-                checkpoint and ``resume`` is False.
+            FileExistsError: output_dir holds a run, and neither resume nor overwrite is set; or it holds files that
+                this run would write and that no run made.
+            ValueError: the checkpoint is corrupt, or of another model, text or training.
+            TypeError: the model's state, or what it carries from step to step, cannot be saved and read again.
+            RuntimeError: another process trains in output_dir; names it.
             FloatingPointError: the loss or the gradient is NaN or infinite; names the step. The parameters and
                 the last checkpoint are those before that step.
             MemoryError: a step needs more memory than there is.
             OSError: a checkpoint cannot be written; the one before is unharmed.
         """
-        self._prepare_folder(resume)
-        if resume:
-            snapshots.restore(self)
-        elif self.state.step == 0:
-            torch.manual_seed(self.arguments.seed)
-            self._save(log_size=0)  # shows now whether the folder can be written to
-        self._save_source()
+        if resume and self.output_dir is None:
+            raise ValueError("llmkern.Trainer: expected an output_dir to resume from, got None")
+        self._folder = RunFolder(
+            self.output_dir,
+            self._file_names(),
+            resume=resume,
+            overwrite=overwrite,
+            begun=self.state.step > 0,
+            show=self._show_progress,
+        )
+        with self._folder:
+            if resume:
+                snapshots.restore(self, self._lanes.shape[1])
+            elif self.state.step == 0:
+                torch.manual_seed(self.arguments.seed)
+                self._save(log_size=0)  # shows now whether the folder can be written to
+            self._save_source()
+            return self._train()
+
+    def _train(self) -> TrainingResult:
         state = self.state
         with StopRequest() as request:
             log = RunLog(
-                self.output_dir,
+                self._folder.path,
                 tensorboard=self.arguments.tensorboard,
                 size=state.log_size,
                 step=state.step,
             )
+            self._folder.followers.append(log)
             display = make_display(self.total_steps, state.step, show=self._show_progress)
             try:
                 with log:
-                    return self._run(_Session(request, log, display))
+                    result = self._run(_Session(request, log, display))
+                    if result.stop_reason == "interrupted" and self._folder.is_beside_another:
+                        raise KeyboardInterrupt  # before a step: what is there is worth more
+                    self._folder.settle()
+                    return result
             finally:
                 display.close()
 
@@ -356,43 +388,54 @@ class Trainer:
         if self.state.best_loss is None:
             self._export()
 
-    def _prepare_folder(self, resume: bool) -> None:
-        folder = self.output_dir
-        if folder is None:
-            if resume:
-                raise ValueError("llmkern.Trainer: expected an output_dir to resume from, got None")
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"llmkern.Trainer: could not make the folder {folder}: {error.strerror}",
-            ) from error
-        if not resume and self.state.step == 0 and checkpoints.list_checkpoints(folder):
-            raise ValueError(
-                f"llmkern.Trainer: {folder} holds the checkpoint of another run; resume it or train elsewhere"
-            )
-        remove_temporaries(folder)
-
     def _save(self, log_size: int) -> None:
-        if self.output_dir is not None:
+        if self._folder.path is not None:
             self.state.log_size = log_size
-            content = snapshots.take(self)
+            content = snapshots.take(self, self._folder.files)
             checkpoints.save_checkpoint(
-                self.output_dir, self.state.step, content, keep=self.arguments.keep
+                self._folder.path, self.state.step, content, keep=self.arguments.keep
             )
+            if self.state.step > 0:
+                self._folder.settle()
+
+    def _file_names(self) -> set[str]:
+        """What the run writes besides checkpoints."""
+        names = {LOG_NAME}
+        if self.arguments.tensorboard:
+            names.add(TENSORBOARD_NAME)
+        if self.source is not None:
+            names.add(DATA_NAME)
+        if not isinstance(snapshots.uncompiled(self.model), PretrainedMixin):
+            return names | {BEST_NAME}
+        return names | {CONFIG_NAME, WEIGHTS_NAME} | ({TOKENIZER_NAME} if self.tokenizer else set())
 
     def _save_source(self) -> None:
         """Writes where the texts come from, for whoever evaluates the model later."""
-        if self.output_dir is not None and self.source is not None:
+        if self._folder.path is not None and self.source is not None:
             text = json.dumps(self.source, indent=2) + "\n"
-            write_files(self.output_dir, {DATA_NAME: text.encode()})
+            write_files(self._folder.path, {DATA_NAME: text.encode()})
 
     def _export(self) -> None:
-        """Saves the model as it is for use, where it knows how."""
-        if self.output_dir is not None and isinstance(self.model, PretrainedMixin):
-            self.model.save_pretrained(self.output_dir, self.tokenizer)
+        """Saves the model as it is for use: where it knows how, as its own files, else its state_dict."""
+        if self._folder.path is None:
+            return
+        model = snapshots.uncompiled(self.model)
+        if isinstance(model, PretrainedMixin):
+            model.save_pretrained(self._folder.path, self.tokenizer)
+        else:
+            checkpoints.save_state(self._folder.path / BEST_NAME, model.state_dict())
+
+
+def _check_model(model: nn.Module) -> None:
+    if not callable(getattr(model, "loss", None)):
+        raise TypeError(
+            "llmkern.Trainer: expected a model with a method loss(ids, targets, state) that returns the mean loss and "
+            f"the next state, got a {type(model).__name__} without one"
+        )
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"llmkern.Trainer: expected a model with parameters, got a {type(model).__name__} without any"
+        )
 
 
 def _completed(

@@ -201,8 +201,8 @@ def test_a_model_without_a_tokenizer(fails):
     ("options", "message"),
     [
         (["--prompt", "the Q"], "got 'Q' (U+0051) at position 4"),
-        (["--temperature", -1], "expected temperature to be a finite number >= 0, got -1.0"),
-        (["--top-p", 0], "expected top_p to be a number in (0, 1], got 0.0"),
+        (["--temperature", -1], "expected temperature in [0, inf), got -1.0"),
+        (["--top-p", 0], "expected top_p in (0, 1], got 0.0"),
         (["--max-new-tokens", 0], "expected max_new_tokens to be an int >= 1, got 0"),
         (["--stop", ""], "expected stop_strings to be texts that are not empty"),
     ],

@@ -178,3 +178,44 @@ def test_unknown_words_are_said_and_never_written(llmkern):
     assert "does not know zebra and reads <unk>" in done.stderr
     assert done.stdout.count("<unk>") == 1  # the prompt's
     assert llmkern("generate", "run", *options, "--allow-unk").stdout.count("<unk>") > 1
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "jieba", "bpe"])
+def test_the_printed_hint_works_without_a_prompt(llmkern, kind):
+    options = ["--vocab-size", "300"] if kind == "bpe" else []
+    train = ("train", "text.txt", "--output", "run", "--tokenizer", kind, *options, *SMALL)
+    done = llmkern(*train, "--max-steps", "2", "--batch-size", "2")
+    hint = next(line for line in done.stdout.splitlines() if "try: " in line).split("try: ")[1]
+    assert hint == "llmkern generate run"
+    done = llmkern(*hint.split()[1:], "--max-new-tokens", "5")
+    assert done.exit_code == 0, done.output
+
+
+def test_unknown_characters_of_a_prompt(trained):
+    options = ("generate", "run", "--max-new-tokens", "5", "--seed", "1")
+    known = trained(*options, "--prompt", "the cat")
+    assert trained(*options, "--prompt", "tQhe cat", "--unknown", "drop").stdout == known.stdout
+    done = trained(*options, "--prompt", "tQhe cat", "--unknown", "replace")
+    assert done.exit_code == 2 and "got 'Q' (U+0051) at position 1" in done.stderr
+    done = trained(*options, "--prompt", "the", "--unknown", "skip")
+    assert done.exit_code == 2 and "unknown to be one of" in done.stderr
+
+
+def test_a_token_for_unknown_characters(llmkern):
+    Path("other.txt").write_text(toys.TEXT + "Ω")
+    train = ("train", "text.txt", "--output", "run", *SMALL)
+    assert llmkern(*train).exit_code == 0
+    done = llmkern("evaluate", "run", "other.txt")
+    assert done.exit_code == 2
+    assert f"got 'Ω' (U+03A9) at position {len(toys.TEXT)}; " in done.stderr
+    assert "--unk" in done.stderr
+    Path("text.txt").write_text(toys.TEXT + "Ω")  # in the validation text alone
+    assert llmkern(*train, "--unk", "--overwrite").exit_code == 0
+    tokenizer = LanguageModel.from_pretrained("run").tokenizer
+    assert tokenizer.unk_id == 0 and "Ω" not in tokenizer.tokens
+    assert llmkern("evaluate", "run", "other.txt").exit_code == 0
+    options = ("generate", "run", "--max-new-tokens", "5", "--seed", "1", "--prompt", "aΩ")
+    assert "(U+03A9) at position 1" in llmkern(*options).stderr
+    assert llmkern(*options, "--unknown", "replace").stdout.startswith("a<unk>")
+    done = llmkern("train", "text.txt", "--output", "bpe", "--tokenizer", "bpe", "--unk", *SMALL)
+    assert done.exit_code == 2 and "no '<unk>' for bpe, which knows every text" in done.stderr

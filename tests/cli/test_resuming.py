@@ -25,6 +25,7 @@ FIXED = {
     "--vocab-size": (None, 300),
     "--min-frequency": (1, 2),
     "--lowercase": ("", "--no-lowercase"),
+    "--unk": ("", "--no-unk"),
     "--valid-fraction": (0.2, 0.1),
     "--embedding-dim": (12, 13),
     "--hidden-size": (16, 17),

@@ -251,7 +251,7 @@ def test_interrupted_by_ctrl_c(llmkern):
 def test_a_run_is_replaced_only_when_asked(trained, fails):
     before = Path("run/model.safetensors").read_bytes()
     message = fails(2, "train", "text.txt", "--output", "run", *SMALL)
-    assert "--output: run holds a run; give --resume to go on with it, --overwrite" in message
+    assert "run holds a run; give --resume (resume=True) to go on with it, --overwrite" in message
     assert Path("run/model.safetensors").read_bytes() == before
     Path("run/notes.txt").write_text("mine")
     done = trained("train", "text.txt", "--output", "run", *SMALL, "--overwrite", "--seed", 1)

@@ -8,7 +8,7 @@ import llmkern
 from tests.conftest import assert_close
 from tests.ops.test_lstm import layer, run, torch_lstm, upstream_of
 from tests.ops.test_lstm_variants import NAMES as VARIANTS
-from tests.ops.test_lstm_variants import problem
+from tests.ops.test_lstm_variants import named, problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,7 +161,7 @@ def test_compile_of_every_variant_without_recompiles(reverse):
             check(T)
 
 
-@pytest.mark.parametrize("chosen", [{"projection"}, {"layer_norm"}, set(VARIANTS)], ids=str)
+@pytest.mark.parametrize("chosen", [{"projection"}, {"layer_norm"}, set(VARIANTS)], ids=named)
 def test_opcheck_of_variants(chosen):
     leaves, options = problem((3, 2, 4, 5, 2), chosen)
     options |= {"reverse": True, "save_cells": True, "save_gates": True}

@@ -12,7 +12,7 @@ import llmkern
 from llmkern.ops.lstm import vmap as lstm_vmap
 from tests.conftest import assert_close
 from tests.ops.test_lstm import layer, torch_lstm
-from tests.ops.test_lstm_variants import NAMES, problem
+from tests.ops.test_lstm_variants import NAMES, named, problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,7 +109,7 @@ def test_options(options, dim, numbers, reverse):
     assert_all_close(got, expected)
 
 
-@pytest.mark.parametrize("chosen", [{"projection"}, {"layer_norm"}, set(NAMES)], ids=str)
+@pytest.mark.parametrize("chosen", [{"projection"}, {"layer_norm"}, set(NAMES)], ids=named)
 def test_variants(chosen):
     """Per-sample gradients of what only some layers have."""
     leaves, options = problem((T, B, I, H, 3), chosen)
@@ -154,8 +154,8 @@ def test_per_sample_gradients_of_a_model(batched):
 def test_per_sample_gradients_in_one_pass(monkeypatch):
     """Folded into the batch, not sample by sample."""
     calls = []
-    original = lstm_vmap._one_by_one
-    monkeypatch.setattr(lstm_vmap, "_one_by_one", lambda *a: calls.append(1) or original(*a))
+    original = lstm_vmap.one_by_one
+    monkeypatch.setattr(lstm_vmap, "one_by_one", lambda *a: calls.append(1) or original(*a))
     x, *rest = layer(SHAPE)
     vmap(grad(loss_of, argnums=(0, 3, 4)), in_dims=(0, *[None] * 6))(x.expand(N, *x.shape), *rest)
     assert not calls

@@ -3,7 +3,8 @@
 
 Three flavours. ``check`` has our own checkers behind gcc's -fsanitize=thread hooks, and counts lines for the coverage
 test; ``asan`` has AddressSanitizer and UndefinedBehaviorSanitizer; ``plain`` checks nothing and has one library, the
-operators: kernels and their torch bindings (operators.py). Ninja rebuilds what changed, headers included.
+operators: kernels and their torch bindings (operators.py). Ninja rebuilds what changed, headers included; one process
+at a time, so that the workers of a parallel run build a library once.
 """
 
 import os
@@ -11,6 +12,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 # Relative to ROOT, where the compiler runs: reports name files as a reader would.
@@ -91,7 +94,11 @@ def sources() -> dict[str, list[str]]:
     """Every library by name: families of the package with their binding, and what the tests of the runtime need."""
     if FLAVOUR == "plain":
         ops = set((ROOT / "csrc/ops").glob("*.cpp")) - {ROOT / "csrc/ops/library.cpp"}
-        files = sorted([*(ROOT / "csrc/kernels/cuda").glob("*.cu"), *ops])
+        kernels = [
+            *(ROOT / "csrc/kernels/cuda").glob("*.cu"),
+            *(ROOT / "csrc/kernels").glob("*.cpp"),
+        ]
+        files = sorted([*kernels, *ops])
         return {"operators": [str(f.relative_to(ROOT)) for f in files]}
     found = {}
     for binding in sorted((ROOT / HERE / "bindings").glob("*.cpp")):
@@ -148,12 +155,13 @@ def library(name: str, arch: int = 900) -> Path:
     (ROOT / OUT).mkdir(parents=True, exist_ok=True)
     rules = ROOT / OUT / "build.ninja"
     statements = _statements()
-    if not rules.exists() or rules.read_text() != statements:
-        rules.write_text(statements)
     target = OUT / f"{name}-{arch}.so"
     command = [sys.executable, "-m", "ninja", "-f", str(rules.relative_to(ROOT)), str(target)]
     command += ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    with FileLock(ROOT / OUT / "lock"):
+        if not rules.exists() or rules.read_text() != statements:
+            rules.write_text(statements)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"tests/simt: {name} does not compile for the host\n{result.stdout}")
     return ROOT / target

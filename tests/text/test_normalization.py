@@ -2,7 +2,7 @@
 """normalize: what each option does to characters that look alike, and that it settles."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkern.text import normalize
@@ -40,7 +40,6 @@ def test_collapse_whitespace_keeps_line_breaks():
 
 
 @given(st.text(), st.sampled_from(FORMS), st.booleans(), st.booleans())
-@settings(deadline=None)
 def test_idempotent(text, form, lowercase, collapse):
     options = {"form": form, "lowercase": lowercase, "collapse_whitespace": collapse}
     once = normalize(text, **options)

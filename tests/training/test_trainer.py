@@ -275,7 +275,7 @@ def test_a_text_of_another_type():
 def test_a_folder_with_another_run_is_not_touched(tmp_path):
     trainer(output_dir=tmp_path, epochs=1).train()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="holds the checkpoint of another run"):
+    with pytest.raises(FileExistsError, match="holds a run; give --resume"):
         trainer(output_dir=tmp_path, epochs=1).train()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
