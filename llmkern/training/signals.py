@@ -15,9 +15,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class StopRequest:
     """True once SIGINT, SIGTERM or SIGHUP has come; use it in a ``with`` statement.
 
-    The second SIGINT is a KeyboardInterrupt, for those who cannot wait. Where SIGHUP is ignored it stays
-    so: under nohup a run outlives its terminal. Outside the main thread, where Python
-    delivers no signals, nothing is ever requested.
+    The second SIGINT is a KeyboardInterrupt, for those who cannot wait. Where SIGHUP is ignored it stays so: under
+    nohup a run outlives its terminal. Outside the main thread, where Python delivers no signals, nothing is ever
+    requested.
     """
 
     def __init__(self) -> None:
