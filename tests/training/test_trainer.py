@@ -268,8 +268,8 @@ def test_texts_that_do_not_fit_are_refused_before_the_first_step(train, valid, m
 
 
 def test_a_text_of_another_type():
-    with pytest.raises(TypeError, match=r"int64 tensor, got torch\.int32"):
-        Trainer(toys.model(WORDS.vocab_size), TrainingArguments(batch_size=8), TRAIN.int())
+    with pytest.raises(TypeError, match=r"int64 or int32 tensor, got torch\.float32"):
+        Trainer(toys.model(WORDS.vocab_size), TrainingArguments(batch_size=8), TRAIN.float())
 
 
 def test_a_folder_with_another_run_is_not_touched(tmp_path):
