@@ -115,6 +115,7 @@ SANITIZE = []
 if os.environ.get("LLMKERN_SANITIZE") == "1":
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     CXX_FLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]
+CXX_FLAGS += ["-DLLMKERN_DEBUG"] if DEBUG or SANITIZE else []
 CXX_FLAGS += ["-DLLMKERN_X86"] if X86 else []
 # nvcc sees no torch header, so it builds beside a CPU torch and beside a torch made with another CUDA.
 NVCC_FLAGS = ["-O3", "-std=c++20", "--fmad=false", f"-I{CSRC}"]
@@ -178,7 +179,8 @@ def torch_extension():
         f"-isystem{path}" for path in include_paths()
     ]  # warnings are errors in our code, not in torch's headers
     defines = ['-DLLMKERN_CUDA_ARCHITECTURES=""', '-DLLMKERN_CUDA_VERSION=""']
-    sources = [*sorted(glob.glob("csrc/ops/*.cpp")), "csrc/kernels/cpu/dispatch.cpp"]
+    sources = sorted(glob.glob("csrc/ops/*.cpp") + glob.glob("csrc/kernels/*.cpp"))
+    sources.append("csrc/kernels/cpu/dispatch.cpp")
     link = {"extra_link_args": ["-Wl,--exclude-libs,ALL", *SANITIZE]}
     if CUDA is not None:
         root, version = CUDA

@@ -9,7 +9,10 @@ llmkern.convert(model)                                # or all such layers of a 
 drawn = llmkern.ops.sample(logits, temperature=0.8, top_p=0.9, seed=1)
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from llmkern import _native
 
@@ -25,3 +28,18 @@ except PackageNotFoundError:  # a source tree with the library built in place, n
     __version__ = "0+source"
 
 __all__ = ["__version__", "convert", "info", "nn", "ops", "revert"]
+
+# Imported where they are first asked for: `import llmkern` is for the layers, and fast.
+_LAZY = {"benchmark", "generation", "models", "onnx", "text", "training", "transformers"}
+
+if TYPE_CHECKING:
+    from llmkern import benchmark, generation, models, onnx, text, training, transformers  # noqa: F401
+else:
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _LAZY:
+            return importlib.import_module(f"llmkern.{name}")
+        raise AttributeError(f"module 'llmkern' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*__all__, *_LAZY})

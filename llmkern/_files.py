@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that a crash, a full disk or Ctrl-C never harms what was there before."""
+"""Files: written so that no crash, full disk or Ctrl-C harms what was there before; read so that errors name them."""
 
+import contextlib
 import os
 import secrets
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes | bytearray | m
             _write(temporary, data)
         for name, temporary in written.items():
             os.replace(temporary, folder / name)
-        _flush_folder(folder)
+        flush_folder(folder)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -46,13 +47,54 @@ def write_files(folder: str | Path, contents: Mapping[str, bytes | bytearray | m
         ) from error
     finally:
         for temporary in written.values():
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
 
 
 def remove_temporaries(folder: str | Path) -> None:
     """Removes what a killed process left behind; for a folder that nobody else is writing to."""
     for path in Path(folder).glob(f"{_PREFIX}*{_SUFFIX}"):
-        path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def check_readable(path: Path, where: str) -> None:
+    """Tells a missing file from one that cannot be read.
+
+    Raises:
+        FileNotFoundError: there is no such file, or it is a folder or a device; begins with ``where``.
+        OSError: it cannot be read; likewise.
+    """
+    try:
+        if not path.is_file():
+            raise FileNotFoundError(f"{where}: found no file {path}")
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"{where}: could not read {path}: {error.strerror}"
+        ) from error
+
+
+def read_file(path: Path, where: str, limit: int) -> bytes:
+    """A file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: as check_readable.
+        ValueError: it is larger.
+    """
+    check_readable(path, where)
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{where}: expected {path} of at most {limit} bytes, got more")
+    return content
+
+
+def _remove(path: Path) -> None:
+    """Cleans up, if it can: on a file system that has become read-only the error that matters is another."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _write(path: Path, data: bytes | bytearray | memoryview) -> None:
@@ -62,7 +104,7 @@ def _write(path: Path, data: bytes | bytearray | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """A rename survives a power cut only once the folder itself is on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

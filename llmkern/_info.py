@@ -14,7 +14,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         A flat dict of JSON values: versions of llmkern, torch and Python; the CUDA architectures compiled in ("" for a
-        CPU build); the CPU instruction set detected and the one in use (``LLMKERN_CPU`` overrides it); threads; GPUs.
+        CPU build); the CPU instruction set detected and the one in use (``LLMKERN_CPU`` overrides it); torch's threads
+        and the cores that this process may use (``LLMKERN_CORES`` overrides them); GPUs.
 
     Example:
         >>> import llmkern
@@ -39,5 +40,6 @@ def info() -> dict[str, Any]:
         "cpu_isa": torch.ops.llmkern.cpu_isa(),
         "cpu_isa_override": os.environ.get("LLMKERN_CPU", ""),
         "threads": torch.get_num_threads(),
+        "usable_cores": torch.ops.llmkern.usable_cores(),
         "gpus": gpus,
     }

@@ -15,7 +15,8 @@ def load() -> None:
     """Registers ``torch.ops.llmkern``.
 
     Raises:
-        ImportError: torch is older than 2.10, or the native library is missing or cannot be loaded.
+        ImportError: torch is older than 2.10, the native library is missing or cannot be loaded, or ``LLMKERN_CPU`` or
+            ``LLMKERN_CORES`` has a value that means nothing here.
     """
     if _torch_version() < MINIMUM_TORCH:
         raise ImportError(
@@ -31,3 +32,8 @@ def load() -> None:
             "  run:      pip install llmkern, or in a source checkout: "
             "pip install --no-build-isolation -e ."
         ) from error
+    try:
+        torch.ops.llmkern.cpu_isa()
+        torch.ops.llmkern.usable_cores()
+    except ValueError as error:
+        raise ImportError(str(error)) from error

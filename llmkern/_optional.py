@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading of the packages that only ``llmkern[text]`` brings.
+"""Loading of the packages that only the extra ``llmkern[text]`` brings.
 
-They are imported where they are first used: ``import llmkern.text`` stays fast and works without
-them, and a missing one is reported with the command that installs it.
+Texts, training and saved models use them. They are imported where they are first used: ``import llmkern`` and its
+subpackages stay fast and work without them, and a missing one is reported with the command that installs it.
 """
 
 import importlib
@@ -32,6 +32,6 @@ def require(package: str, purpose: str) -> ModuleType:
             return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
-            f"llmkern.text: expected the package '{package}' ({purpose}), got '{error}'; "
+            f"llmkern: expected the package '{package}' ({purpose}), got '{error}'; "
             "run: pip install 'llmkern[text]'"
         ) from error

@@ -5,7 +5,7 @@ The reference (``llmkern._reference``) is each kernel again, in float64 and by t
 operator got, so the error shown is the operator's own: the largest difference over the largest expected value.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,17 @@ from torch import Tensor
 import llmkern._reference as _reference
 from llmkern import ops
 
-# What float32 may lose: the sums here have a few hundred terms.
-_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
+# What results of a dtype may lose: the sums here have a few hundred terms, of which those of 16 bits are rounded once.
+_TOLERANCE = {
+    torch.float32: 2e-5,
+    torch.float64: 1e-12,
+    torch.bfloat16: 3e-2,
+    torch.float16: 8e-3,
+}
+_WIDE = (torch.float32, torch.float64)
+_ALL = tuple(_TOLERANCE)
+# Of an LSTM with weights in 8 bits: its activations have 16, so each is off by 1.5e-5 of the largest one of its row.
+_BYTES_TOLERANCE = 5e-5
 _ISAS = ("generic", "avx2", "avx512")
 
 Pairs = list[tuple[Tensor, object]]
@@ -60,25 +69,34 @@ def check() -> list[Check]:
 
 def _check_isa(isa: str) -> Iterator[Check]:
     torch.ops.llmkern.select_cpu_isa(isa)
-    cases: dict[str, Callable[[torch.dtype], Pairs]] = {
-        "dropout": _dropout,
-        "embedding": _embedding,
-        "lstm": _lstm,
-        "linear_cross_entropy": _linear_cross_entropy,
+    cases: dict[str, tuple[Callable[[torch.dtype], Pairs], Sequence[torch.dtype]]] = {
+        "dropout": (_dropout, _ALL),
+        "embedding": (_embedding, _WIDE),
+        "lstm": (_lstm, _ALL),
+        "linear_cross_entropy": (_linear_cross_entropy, _WIDE),
     }
-    for op, case in cases.items():
-        for dtype, tolerance in _TOLERANCE.items():
-            error = max(_error(got, expected) for got, expected in case(dtype))
-            yield Check(op, str(dtype).removeprefix("torch."), isa, error, tolerance)
-    exact: dict[str, Callable[[], Pairs]] = {
+    for op, (case, dtypes) in cases.items():
+        for dtype in dtypes:
+            yield Check(op, _name(dtype), isa, _largest_error(case(dtype)), _TOLERANCE[dtype])
+    yield Check("lstm", "int8", isa, _largest_error(_lstm_of_bytes()), _BYTES_TOLERANCE)
+    exact: dict[str, Callable[[torch.dtype], Pairs]] = {
         "sample": _sample,
         "filter_logits": _filter_logits,
         "beam_search_step": _beam_search_step,
         "speculative_verify": _speculative_verify,
         "multinomial": _multinomial,
     }
-    for op, equal in exact.items():
-        yield Check(op, "float32", isa, max(_error(*pair) for pair in equal()), 0.0)
+    for op, case in exact.items():
+        for dtype in _ALL:
+            yield Check(op, _name(dtype), isa, _largest_error(case(dtype)), 0.0)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _largest_error(pairs: Pairs) -> float:
+    return max(_error(got, expected) for got, expected in pairs)
 
 
 def _error(got: Tensor, expected: object) -> float:
@@ -95,14 +113,20 @@ def _random(dtype: torch.dtype, *shape: int) -> Tensor:
     return (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5).to(dtype)
 
 
+def _array(tensor: Tensor) -> np.ndarray:
+    """What the reference takes: float64 for every floating dtype, which loses nothing."""
+    tensor = tensor.detach()
+    return (tensor.double() if tensor.is_floating_point() else tensor).numpy()
+
+
 def _dropout(dtype: torch.dtype) -> Pairs:
     x = _random(dtype, 4, 9, 65).requires_grad_()
     output = ops.dropout(x, 0.3, locked=True, seed=5)
     upstream = _random(dtype, *output.shape)
     (grad,) = torch.autograd.grad(output, x, upstream)
-    pairs = (output, x.detach()), (grad, upstream)
+    pairs = (output, x), (grad, upstream)
     return [
-        (got.reshape(36, 65), _reference.dropout(values.reshape(36, 65).numpy(), 5, 0.3, 9))
+        (got.reshape(36, 65), _reference.dropout(_array(values.reshape(36, 65)), 5, 0.3, 9))
         for got, values in pairs
     ]
 
@@ -114,8 +138,8 @@ def _embedding(dtype: torch.dtype) -> Pairs:
     upstream = _random(dtype, *output.shape)
     (grad,) = torch.autograd.grad(output, table, upstream)
     return [
-        (output, _reference.embedding(ids.numpy(), table.detach().numpy())),
-        (grad, _reference.embedding_backward(upstream.numpy(), ids.numpy(), 37, 3)),
+        (output, _reference.embedding(ids.numpy(), _array(table))),
+        (grad, _reference.embedding_backward(_array(upstream), ids.numpy(), 37, 3)),
     ]
 
 
@@ -149,13 +173,25 @@ def _lstm_pairs(inputs: list[Tensor], parameters: dict[str, Any], options: dict[
     upstream = [_random(output.dtype, *output.shape) for output in outputs]
     # The biases have the same gradient.
     grads = torch.autograd.grad(outputs, [*inputs[:6], *parameters.values()], upstream)
-    arrays = [tensor.detach().numpy() for tensor in inputs]
-    named = {name: tensor.detach().numpy() for name, tensor in parameters.items()}
-    named |= {k: v.numpy() if isinstance(v, Tensor) else v for k, v in options.items()}
-    *above, cells = (grad.numpy() for grad in upstream)
+    arrays = [_array(tensor) for tensor in inputs]
+    named = {
+        k: _array(v) if isinstance(v, Tensor) else v for k, v in (parameters | options).items()
+    }
+    *above, cells = (_array(grad) for grad in upstream)
     results = _reference.lstm(*arrays, **named, return_cells=True)
     expected = _reference.lstm_backward(*above, *arrays, **named, grad_cells=cells)
     return [*zip(outputs, results, strict=True), *zip(grads, expected, strict=True)]
+
+
+def _lstm_of_bytes() -> Pairs:
+    """Weights in 8 bits: as exact weights that are rounded to multiples of the largest one of their row over 127."""
+    inputs = [t.detach() for t in _lstm_inputs(torch.float32, T=6, B=5, I=33, H=70, P=70)]
+    packed = ops.lstm_pack(*inputs[3:5], dtype=torch.int8)
+    outputs = ops.lstm(*inputs, packed=packed)
+    scales = [weight.abs().amax(dim=1, keepdim=True) / 127 for weight in inputs[3:5]]
+    inputs[3:5] = [(w / s).round() * s for w, s in zip(inputs[3:5], scales, strict=True)]
+    expected = _reference.lstm(*(_array(tensor) for tensor in inputs))
+    return list(zip(outputs, expected, strict=True))
 
 
 def _linear_cross_entropy(dtype: torch.dtype) -> Pairs:
@@ -169,9 +205,9 @@ def _linear_cross_entropy(dtype: torch.dtype) -> Pairs:
     )
     upstream = _random(dtype, N)
     grads = torch.autograd.grad(loss, inputs, upstream)
-    arrays = (hidden.detach().numpy(), weight.detach().numpy(), target.numpy())
-    options = {"bias": bias.detach().numpy(), "reduction": "none", "label_smoothing": 0.1}
-    expected = _reference.linear_cross_entropy_backward(upstream.numpy(), *arrays, **options)
+    arrays = (_array(hidden), _array(weight), target.numpy())
+    options = {"bias": _array(bias), "reduction": "none", "label_smoothing": 0.1}
+    *expected, _ = _reference.linear_cross_entropy_backward(_array(upstream), *arrays, **options)
     pairs: Pairs = [(loss, _reference.linear_cross_entropy(*arrays, **options))]
     return pairs + list(zip(grads, expected, strict=True))
 
@@ -187,19 +223,20 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-def _tied_logits(*shape: int) -> Tensor:
-    return (_random(torch.float32, *shape) * 40).round() / 4
+def _tied_logits(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Multiples of a quarter, which every dtype holds exactly."""
+    return ((_random(torch.float32, *shape) * 40).round() / 4).to(dtype)
 
 
 def _expected_sample(logits: Tensor) -> dict[str, Any]:
     B = logits.shape[0]
     rows = np.tile([*_SETTINGS.values(), 1.0, 0.0, 0.0], (B, 1))
     seeds = np.ones(B, dtype=np.int64)
-    return _reference.sample(logits.numpy(), rows, seeds, np.arange(B), num_logprobs=5)
+    return _reference.sample(logits.float().numpy(), rows, seeds, np.arange(B), num_logprobs=5)
 
 
-def _sample() -> Pairs:
-    logits = _tied_logits(64, 700)
+def _sample(dtype: torch.dtype) -> Pairs:
+    logits = _tied_logits(dtype, 64, 700)
     drawn = ops.sample(
         logits, **_SETTINGS, seed=1, num_logprobs=5, return_entropy=True, return_rank=True
     )
@@ -208,36 +245,36 @@ def _sample() -> Pairs:
     return [(getattr(drawn, name), expected[name]) for name in names]
 
 
-def _filter_logits() -> Pairs:
-    logits = _tied_logits(64, 700)
+def _filter_logits(dtype: torch.dtype) -> Pairs:
+    logits = _tied_logits(dtype, 64, 700)
     got, expected = ops.filter_logits(logits, **_SETTINGS), _expected_sample(logits)["processed"]
     dropped = -1e9  # a number that can be subtracted
     return [(got.nan_to_num(neginf=dropped), np.nan_to_num(expected, neginf=dropped))]
 
 
-def _beam_search_step() -> Pairs:
-    logits, scores = _tied_logits(8, 3, 700), _random(torch.float32, 8, 3)
+def _beam_search_step(dtype: torch.dtype) -> Pairs:
+    logits, scores = _tied_logits(dtype, 8, 3, 700), _random(torch.float32, 8, 3)
     best = ops.beam_search_step(logits, scores)
-    expected = _reference.beam_search_step(logits.numpy(), scores.numpy(), 6)
+    expected = _reference.beam_search_step(logits.float().numpy(), scores.numpy(), 6)
     return list(zip(best, expected, strict=True))
 
 
-def _speculative_verify() -> Pairs:
+def _speculative_verify(dtype: torch.dtype) -> Pairs:
     B, n = 32, 3
-    target, draft = _tied_logits(B, n + 1, 700), _tied_logits(B, n, 700)
+    target, draft = _tied_logits(dtype, B, n + 1, 700), _tied_logits(dtype, B, n, 700)
     seeds, positions = torch.arange(B), torch.zeros(B, dtype=torch.int64)
     ids = ops.sample(draft.flatten(0, 1), seed=1).token.view(B, n)
     tokens, accepted, logprobs, _ = ops.speculative_verify(
         ids, draft, target, seed=seeds, position=positions
     )
     expected = _reference.speculative_verify(
-        *(tensor.numpy() for tensor in (ids, draft, target, seeds, positions))
+        *(t.numpy() for t in (ids, draft.float(), target.float(), seeds, positions))
     )
     return list(zip((tokens, accepted, logprobs), expected, strict=True))
 
 
-def _multinomial() -> Pairs:
-    weights = _random(torch.float32, 8, 700).abs()
+def _multinomial(dtype: torch.dtype) -> Pairs:
+    weights = _random(dtype, 8, 700).abs()
     seeds, positions = np.full(8, 2), np.arange(8)
     return [
         (

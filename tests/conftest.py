@@ -12,6 +12,9 @@ PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if PROCESSES > 1:
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // PROCESSES))
 
+# Before llmkern reads it: tests about threads take as many as they say, however few cores there are.
+os.environ.setdefault("LLMKERN_CORES", "64")
+
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402  (it reads the number of threads)

@@ -12,6 +12,20 @@ from llmkern import checking, ops
 from llmkern.cli import app
 from tests.conftest import DETECTED, ISAS
 
+WIDE = {"float32", "float64"}
+ALL = WIDE | {"bfloat16", "float16"}
+DTYPES = {  # what README says of the CPU
+    "dropout": ALL,
+    "embedding": WIDE,
+    "lstm": ALL | {"int8"},
+    "linear_cross_entropy": WIDE,
+    "sample": ALL,
+    "filter_logits": ALL,
+    "beam_search_step": ALL,
+    "speculative_verify": ALL,
+    "multinomial": ALL,
+}
+
 
 def test_every_operator_agrees_with_its_reference():
     results = checking.check()
@@ -20,6 +34,8 @@ def test_every_operator_agrees_with_its_reference():
     others = {"BeamCandidates", "SampleOutput", "Verified"}  # results
     others |= {"lstm_cell", "lstm_pack", "raise_deferred_errors", "empty_cache"}
     assert {r.op for r in results} >= set(ops.__all__) - others
+    covered = {op: {r.dtype for r in results if r.op == op} for op in DTYPES}
+    assert covered == DTYPES
 
 
 def test_check_leaves_the_instruction_set_as_it_was():

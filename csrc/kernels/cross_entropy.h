@@ -3,23 +3,31 @@
 //
 //   l_n = W x_n + b                        logits of row n, [V]
 //   lse_n = log sum_v exp(l_nv)
-//   loss_n = (1 - e) w_y (lse_n - l_ny) + (e / V) sum_v w_v (lse_n - l_nv)
+//   loss_n = sum_v w_v t_nv (lse_n - l_nv)
 //
-// with y = target[n], e the label smoothing (Szegedy et al. 2016) and w the class weights (1 when null). Rows whose
-// target is ignore_index have loss 0 and no gradient. Reduction: kNone gives loss_n; kSum the sum; kMean the sum over
-// total_weight = sum of w_y over the rows that count (0 / 0 = NaN when none does, as in torch).
+// with w the class weights (1 when null) and t the targets, smoothed by e (Szegedy et al. 2016): t_nv = (1 - e) p_nv +
+// e / V. p is either given, [N, V], or 1 for the class target[n] and 0 elsewhere; then
 //
-//   dl_nv = s_n (A_n exp(l_nv - lse_n) - (1 - e) w_y [v = y] - (e / V) w_v),   A_n = (1 - e) w_y + (e / V) sum_v w_v
+//   loss_n = (1 - e) w_y (lse_n - l_ny) + (e / V) sum_v w_v (lse_n - l_nv),   y = target[n]
 //
-// with s_n the gradient of the result with respect to loss_n; then dx = dl W, dW = dl^T x, db = sum of dl.
+// and rows whose target is ignore_index have loss 0 and no gradient. Reduction: kNone gives loss_n; kSum the sum; kMean
+// the sum over total_weight, which is N for given probabilities and the sum of w_y over the rows that count for classes
+// (0 / 0 = NaN when there is none, as in torch).
+//
+//   dl_nv = s_n (A_n exp(l_nv - lse_n) - w_v t_nv),   A_n = sum_v w_v t_nv
+//   dp_nv = s_n (1 - e) w_v (lse_n - l_nv)
+//
+// with s_n the gradient of the result with respect to loss_n; then dx = dl W, dW = dl^T x, db = sum of dl. Only what is
+// wanted of these is computed. Where dx alone is, the forward pass, which has the logits at hand, makes it for an
+// upstream gradient of 1.
 //
 // x [N, D], weight [V, D], bias and class_weight [V], target and lse [N]. Saved: lse and total_weight; the backward
 // pass computes each chunk of logits again, because storing them costs more memory than the whole model. lse is float64
 // in every mode: rounded to float32, one of 1e4 would be off by up to 5e-4, and with it every probability of the row.
 // Targets must be in [0, V) or ignore_index; the CPU binding checks it. On CUDA the products are the framework's, a
-// chunk at a time; the structs at the end are what is left. There a target out of range is reported
-// (kernels/deferred.h), its row has loss NaN and no gradient. T may be 16 bit: then logits, losses and weights' sums
-// are float32 (Widened<T>).
+// chunk at a time, and targets are classes; the structs at the end are what is left. There a target out of range is
+// reported (kernels/deferred.h), its row has loss NaN and no gradient. T may be 16 bit: then logits, losses, given
+// probabilities and sums are float32 (Widened<T>), and dl is rounded before it is multiplied.
 #pragma once
 
 #include <cstdint>
@@ -31,33 +39,41 @@ namespace llmkern {
 
 enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
+// What is asked, in both directions. `target` or `probabilities` is null.
 template <class T>
-struct CrossEntropyForward {
+struct CrossEntropyProblem {
   const T *input, *weight, *bias, *class_weight;
   const int64_t* target;
-  T* workspace;     // [chunk_rows, V]
-  T* loss;          // [N] for kNone, else [1]
-  double* lse;      // [N]
-  T* total_weight;  // [1]
+  const Widened<T>* probabilities;
   int64_t N, D, V, chunk_rows, ignore_index;
   double label_smoothing;
   Reduction reduction;
 };
 
 template <class T>
+struct CrossEntropyForward {
+  CrossEntropyProblem<T> problem;
+  Widened<T>* workspace;       // [chunk_rows, V]
+  T* gradient;                 // [chunk_rows, V], which may be the workspace itself; used with input_gradient
+  Widened<T>* loss;            // [N] for kNone, else [1]
+  double* lse;                 // [N]
+  Widened<T>* total_weight;    // [1]
+  Widened<T>* input_gradient;  // [N, D]: dx for an upstream gradient of 1, or null
+};
+
+template <class T>
 struct CrossEntropyBackward {
-  const T* grad_loss;  // [N] for kNone, else [1]
-  const T *input, *weight, *bias, *class_weight;
-  const int64_t* target;
+  CrossEntropyProblem<T> problem;
+  const Widened<T>* grad_loss;  // [N] for kNone, else [1]
   const double* lse;
-  const T* total_weight;
-  T* workspace;    // [chunk_rows, V]
-  T* grad_input;   // [N, D]
-  T* grad_weight;  // [V, D]
-  T* grad_bias;    // [V] or null
-  int64_t N, D, V, chunk_rows, ignore_index;
-  double label_smoothing;
-  Reduction reduction;
+  const Widened<T>* total_weight;
+  Widened<T>* workspace;  // [chunk_rows, V]
+  T* gradient;            // [chunk_rows, V], which may be the workspace itself
+  // Each of these may be null.
+  T* grad_input;                   // [N, D]
+  Widened<T>* grad_weight;         // [V, D]
+  Widened<T>* grad_bias;           // [V]
+  Widened<T>* grad_probabilities;  // [N, V]
 };
 
 // How a pass over the rows is cut: as many as fit into `budget` bytes, and enough that a pass over the weights is worth

@@ -44,7 +44,7 @@ struct BeamSearchStep {
   int64_t* token;  // [B, n]
 };
 
-// Speculative sampling of a chain of draft tokens (Leviathan et al. 2023; Chen et al. 2023): what comes out has the
+// Speculative sampling of a chain of draft tokens (Leviathan et al. 2023; Chen et al. 2023): the result has the
 // target's distribution, whatever the draft's.
 //
 // For i = 0, 1, ... with p = target[b, i] and q = draft[b, i] (masses mp and mq, sums Mp and Mq):

@@ -14,12 +14,14 @@
 // Why the CPU's backward splits D and not V: token counts are Zipf distributed, so ranges of V are never balanced,
 // while every column is the same work. Each column is summed by one worker in the order of n, hence the same bits
 // always. On CUDA the ids come sorted, with the order that sorted them, and sums of long runs are split at fixed
-// places: the same bits on every run, though not those of the CPU. Sums are taken in float32 at least.
+// places: the same bits on every run, though not those of the CPU. Sums are taken in float32 at least, scaled there and
+// rounded to T once.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/deferred.h"
+#include "kernels/half.h"
 
 namespace llmkern {
 
@@ -37,6 +39,7 @@ struct EmbeddingBackward {
   const T* grad_out;
   const Index* ids;
   const int64_t* counts;  // [V] occurrences of every id, or null
+  Widened<T>* sums;       // [V, D]: grad_table itself where T is float or double, else memory to work in
   T* grad_table;          // overwritten whole
   int64_t N, V, D, padding_idx;
 };

@@ -66,8 +66,8 @@ struct LstmForward {
   const T *bias_ih, *bias_hh;  // both, or both null
   LstmVariant<T> variant;
   const int64_t* lengths;  // [B], each in [0, steps], or null
-  const void* packed;      // the weights as LstmPack has written them, or null
-  bool quantised;          // those have 8 bits; without `packed` they are made so here
+  const void* packed;      // what LstmPack has made of the weights, which take their place, or null
+  bool quantised;  // `packed` has 8 bits a weight; where it is for another instruction set, the weights get them here
   T* output;
   Widened<T>* cells;  // these null where nobody needs them
   T* gates;
@@ -78,12 +78,9 @@ struct LstmForward {
   bool reverse;
 };
 
-// What weights are packed for: a forward pass, one with 8 bits a weight, or a backward pass, for the products da W_hh
-// and da W_ih of each step.
-enum class LstmPacking : int64_t { kForward, kQuantised, kBackward };
-
-// The weights in the order in which the kernels of the instruction set in use read them, behind a header that says
-// which order that is: others do not take them for their own.
+// A copy of the weights in the order in which the kernels of the instruction set in use read them, behind a header that
+// says which order that is: others do not take it for their own. Nothing else makes one that outlives a call, because
+// nobody could know whether the weights are still the same.
 //
 // Quantised (float alone), a row of a weight is scale * q with integers |q| <= 127 and scale = max |w| / 127. Where
 // there is an instruction for it q is multiplied by 16-bit activations; elsewhere the rounded weights are kept in 32
@@ -91,20 +88,20 @@ enum class LstmPacking : int64_t { kForward, kQuantised, kBackward };
 template <class T>
 struct LstmPack {
   const T *weight_ih, *weight_hh;
-  LstmPacking packing;
+  bool quantised;
   void* packed;  // as many bytes as LstmPackedLayout says, aligned to 64
   int64_t I, H, P;
 };
 
 struct LstmPackHeader {
-  int64_t magic, vector_bytes, terms, sum_bytes, packing, I, H, P;
+  int64_t magic, vector_bytes, terms, sum_bytes, quantised, I, H, P;
 };
 constexpr int64_t kLstmPackMagic = 0x4b43415020534c;
 
 // What packed weights begin with and take under the instruction set in use.
 template <class T>
 struct LstmPackedLayout {
-  LstmPacking packing;
+  bool quantised;
   int64_t I, H, P;
   LstmPackHeader* header;
   int64_t* bytes;  // a multiple of 64
@@ -114,7 +111,7 @@ template <class T>
 struct LstmBackward {
   const T *grad_output, *grad_h_n, *grad_c_n;  // each may be null: zero
   const Widened<T>* grad_cells;                // or null
-  // Of a plain layer input, h_0 and output may be null where the gates are there and grad_weight_ih is null.
+  // Of a plain layer input, h_0 and output may be null where the gates are there and grad_weight_hh is null.
   const T *input, *h_0, *c_0;
   const T *weight_ih, *weight_hh;
   const T *bias_ih, *bias_hh;  // or null
@@ -124,11 +121,12 @@ struct LstmBackward {
   const Widened<T>* cells;
   const T *gates, *normalized;  // null: computed again
   const Widened<T>* scales;
-  const void* packed;  // the weights packed for the backward pass, or null, as with lengths and variants
-  T* grad_gates;       // [T, B, 4H]: da of every step; may be null where the gradients of the weights are wanted
-  T *grad_input, *grad_h_0, *grad_c_0;
-  T *grad_weight_ih, *grad_weight_hh;  // null: the gradients of weights, biases and gains are not wanted
-  T* grad_bias;                        // [4H]: the gradient of both biases
+  T* grad_gates;  // [T, B, 4H]: da of every step, or null; of plain layers without lengths alone
+  T* grad_input;  // or null
+  T *grad_h_0, *grad_c_0;
+  // grad_weight_hh null: the gradients of weights, biases and gains are not wanted. (That of W_ih is null with I = 0.)
+  T *grad_weight_ih, *grad_weight_hh;
+  T* grad_bias;  // [4H]: the gradient of both biases
   T *grad_weight_hr, *grad_norm_gates, *grad_norm_cell;
   int64_t steps, B, I, H, P;
   bool reverse;

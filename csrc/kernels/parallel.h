@@ -12,7 +12,8 @@ namespace llmkern {
 class Parallel {
  public:
   using Body = void (*)(const void* context, int64_t begin, int64_t end);
-  // Calls body on disjoint ranges that cover [0, n), none shorter than `grain` but the last; returns when all are done.
+  // Calls body on disjoint ranges that cover [0, n), none shorter than `grain` but the last; returns when all are done,
+  // and then throws the first of their exceptions.
   using Launcher = void (*)(int64_t n, int64_t grain, Body body, const void* context);
 
   Parallel(Launcher launcher, int threads) : launcher_(launcher), threads_(threads) {}
@@ -20,14 +21,16 @@ class Parallel {
   // The calling thread.
   static Parallel alone() { return Parallel(nullptr, 1); }
 
-  int threads() const { return threads_; }
+  int threads() const { return threads_; }  // that may work side by side
 
   template <class F>
   void operator()(int64_t n, int64_t grain, const F& f) const {
     if (n <= 0) return;
     if (n <= grain || threads_ <= 1) return f(int64_t{0}, n);
+    // The pool may have more threads than `threads` says: ranges that are no more of them keep the others out.
+    const int64_t least = (n + threads_ - 1) / threads_;
     launcher_(
-        n, grain,
+        n, grain > least ? grain : least,
         [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
   }
 

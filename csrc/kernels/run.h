@@ -17,10 +17,13 @@ namespace cpu {
 // Every source in kernels/cpu is compiled once per namespace below, with that instruction set switched on.
 enum class Isa { kGeneric, kAvx2, kAvx512 };
 
-Isa detected_isa();            // the best that both this machine and this build have
-Isa active_isa();              // what is in use: detected, or what LLMKERN_CPU asks for
-const char* name(Isa isa);     // "generic", "avx2", "avx512": the values of LLMKERN_CPU
-bool select_isa(const char*);  // false, and nothing changes, when the name or the machine does not allow it
+Isa detected_isa();         // the best that both this machine and this build have
+const char* name(Isa isa);  // "generic", "avx2", "avx512": the values of LLMKERN_CPU
+// What is in use: detected, or what LLMKERN_CPU asks for. Throws std::invalid_argument where that is none of the names,
+// or more than the machine has.
+Isa active_isa();
+// Likewise. Only while no kernel runs.
+void select_isa(const char* name);
 
 namespace generic {
 template <class Args>

@@ -68,14 +68,14 @@ constexpr int64_t kSampleSettings = sizeof(SampleSettings) / sizeof(double);
 // How allowed is given: a byte a token, or as in xgrammar and vLLM a bit, token v bit v % 32 of word v / 32.
 enum class AllowedKind { kAll, kBytes, kBits };
 
-// T is what the logits are stored in: float, bfloat16 or float16.
+// T is the type that the logits are stored in: float, bfloat16 or float16.
 template <class T>
 struct Sample {
   const T* logits;        // [B, V]
   int64_t logits_stride;  // from row to row; so are the other strides, 0 where all rows share one
   const float* bias;      // null or [B, V]
   int64_t bias_stride;
-  const int64_t* bias_ids;   // null or [B, num_bias_ids], distinct in a row; those outside [0, V) are padding
+  const int64_t* bias_ids;   // null or [B, num_bias_ids], distinct in a row; ids outside [0, V) are padding
   const float* bias_values;  // their bias
   int64_t num_bias_ids, bias_ids_stride;
   const void* allowed;  // null, bool [B, V] or uint32_t [B, ceil(V / 32)]
@@ -111,8 +111,8 @@ struct Sample {
 
 namespace {  // one copy an instruction-set build: the linker must not merge them
 
-// The ranges, in words and in the order of SampleSettings. Those of llmkern/ops/_sampling_arguments.py, which checks
-// numbers; tensors are checked where they have values.
+// The ranges, in words and in the order of SampleSettings. The same as in llmkern/ops/_sampling_arguments.py, which
+// checks numbers; tensors are checked where they have values.
 inline const char* sample_setting_range(int column) {
   constexpr const char* kRanges[kSampleSettings] = {
       "temperature in [0, inf)",
@@ -142,7 +142,7 @@ LLMKERN_HOST_DEVICE inline int wrong_setting(const SampleSettings& s) {
 
 LLMKERN_HOST_DEVICE inline bool is_greedy(const SampleSettings& s) { return s.temperature < kGreedyTemperature; }
 
-// What steps 2 and later divide by.
+// The divisor of step 2 and later ones.
 LLMKERN_HOST_DEVICE inline double effective_temperature(const SampleSettings& s) {
   return is_greedy(s) ? 1.0 : s.temperature;
 }

@@ -35,7 +35,7 @@ Block BlockCache::take(size_t bytes) {
   Block block;
   if (!reuse(whole_pages(bytes), block)) block = map(whole_pages(bytes));
   free_unwanted();
-  // What is beyond the request, as memory that is idle, belongs to nobody: AddressSanitizer reports who touches it.
+  // Memory beyond the request belongs to nobody, as idle memory does: AddressSanitizer reports who touches it.
   if (block.memory != nullptr) ASAN_UNPOISON_MEMORY_REGION(block.memory, bytes);
   return block;
 }

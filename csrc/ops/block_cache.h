@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Large memory that is used again. malloc maps a large block anew for every training step, and the system then clears
-// and maps it page by page, which takes longer than the arithmetic in it; what it does not map anew may lie in small
-// pages. Here blocks are kept, in large pages, from one step to the next. Knows no torch: tensors.cpp hands it out.
+// and maps it page by page, which takes longer than the arithmetic in it; memory that it does not map anew may lie in
+// small pages. Here blocks are kept, in large pages, from one step to the next. Knows no torch: tensors.cpp hands it
+// out.
 #pragma once
 
 #include <cstddef>
@@ -35,15 +36,15 @@ class BlockCache {
   // At least that much, uninitialised; null memory where the system has no more.
   Block take(size_t bytes);
 
-  // On any thread. `block` is what take has given.
+  // On any thread. `block` comes from take.
   void give_back(Block block) noexcept;
 
   void free_idle();
 
   Stats stats();
 
-  // Around fork(): the child finds the lock free, and no idle blocks. Shared ones would have to be copied, in small
-  // pages, by whoever writes to them first.
+  // Around fork(): the child finds the lock free, and no idle blocks. The first to write to a shared one would
+  // have to copy it, in small pages.
   void before_fork();
   void after_fork();
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA bindings share: device and stream, errors of earlier launches, and the framework's matrix product.
+// Everything that the CUDA bindings share: device and stream, errors of earlier launches, and the framework's matrix
+// product.
 //
 // tests/simt compiles these bindings a second time, with LLMKERN_SIMT: they then take the place of the CPU's, so that
 // torch tensors of the CPU run through them into the emulated kernels.
@@ -23,7 +24,7 @@
 
 namespace llmkern::ops {
 
-// Makes the tensor's device current for its lifetime. Raises what an earlier launch on the device found wrong.
+// Makes the tensor's device current for its lifetime. Raises the error of an earlier launch on the device.
 class OnCuda {
  public:
   explicit OnCuda(const Tensor& tensor);
@@ -38,7 +39,7 @@ class OnCuda {
   DeferredError* error_;
 };
 
-// Raises and clears what the kernels that have run on the current device found wrong.
+// Raises and clears the error of the kernels that have run on the current device.
 void raise_deferred_error();
 
 // a [m, k] times b [k, n] by the framework; sums in float32 at least, the result of a's dtype, the given one (a's own

@@ -60,8 +60,15 @@ Candidates beam_search_step_cpu(const Tensor& logits_any, const Tensor& scores_a
   const auto& [score, beam, token] = out;
   for_storage_dtype(kName, "logits", logits, [&](auto value) {
     using T = decltype(value);
-    cpu::run(BeamSearchStep<T>{row_grid<T>(logits), data<float>(scores), B, K, V, n, mutable_data<float>(score),
-                               mutable_data<int64_t>(beam), mutable_data<int64_t>(token)},
+    cpu::run(BeamSearchStep<T>{.logits = row_grid<T>(logits),
+                               .scores = data<float>(scores),
+                               .B = B,
+                               .K = K,
+                               .V = V,
+                               .n = n,
+                               .score = mutable_data<float>(score),
+                               .beam = mutable_data<int64_t>(beam),
+                               .token = mutable_data<int64_t>(token)},
              torch_parallel());
   });
   return out;
@@ -111,18 +118,18 @@ Verified speculative_verify_cpu(const Tensor& ids_any, const OptionalTensor& dra
   const auto& [token, num_accepted, logprob] = out;
   for_storage_dtype(kVerify, "target_logits", target, [&](auto value) {
     using T = decltype(value);
-    const SpeculativeVerify<T> a = {data<int64_t>(ids),
-                                    draft ? row_grid<T>(*draft) : RowGrid<T>{},
-                                    row_grid<T>(target),
-                                    data<int64_t>(seeds),
-                                    seed_stride(seeds),
-                                    data<int64_t>(positions),
-                                    B,
-                                    n,
-                                    V,
-                                    mutable_data<int64_t>(token),
-                                    mutable_data<int64_t>(num_accepted),
-                                    mutable_data<float>(logprob)};
+    const SpeculativeVerify<T> a = {.draft_ids = data<int64_t>(ids),
+                                    .draft = draft ? row_grid<T>(*draft) : RowGrid<T>{},
+                                    .target = row_grid<T>(target),
+                                    .seeds = data<int64_t>(seeds),
+                                    .seed_stride = seed_stride(seeds),
+                                    .positions = data<int64_t>(positions),
+                                    .B = B,
+                                    .n = n,
+                                    .V = V,
+                                    .token = mutable_data<int64_t>(token),
+                                    .num_accepted = mutable_data<int64_t>(num_accepted),
+                                    .logprob = mutable_data<float>(logprob)};
     check_draft_ids(a);
     cpu::run(a, torch_parallel());
   });
@@ -180,18 +187,18 @@ Tensor multinomial_cpu(const Tensor& input_any, int64_t n, bool replacement, boo
   std::vector<RowFault> faults(static_cast<size_t>(B));
   for_storage_dtype(kMultinomialName, "input", input, [&](auto value) {
     using T = decltype(value);
-    const Multinomial<T> a = {data<T>(input),
-                              input.stride(0),
-                              from_logits,
-                              replacement,
-                              data<int64_t>(seeds),
-                              seed_stride(seeds),
-                              data<int64_t>(positions),
-                              B,
-                              V,
-                              n,
-                              mutable_data<int64_t>(token),
-                              faults.data()};
+    const Multinomial<T> a = {.input = data<T>(input),
+                              .stride = input.stride(0),
+                              .from_logits = from_logits,
+                              .replacement = replacement,
+                              .seeds = data<int64_t>(seeds),
+                              .seed_stride = seed_stride(seeds),
+                              .positions = data<int64_t>(positions),
+                              .B = B,
+                              .V = V,
+                              .n = n,
+                              .token = mutable_data<int64_t>(token),
+                              .fault = faults.data()};
     cpu::run(a, torch_parallel());
     check_faults(a);
   });
@@ -215,9 +222,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("beam_search_step", TORCH_BOX(&beam_search_step_cpu));
-  m.impl("speculative_verify", TORCH_BOX(&speculative_verify_cpu));
-  m.impl("multinomial", TORCH_BOX(&multinomial_cpu));
+  LLMKERN_OPERATOR(m, "beam_search_step", &beam_search_step_cpu);
+  LLMKERN_OPERATOR(m, "speculative_verify", &speculative_verify_cpu);
+  LLMKERN_OPERATOR(m, "multinomial", &multinomial_cpu);
 }
 #endif
 

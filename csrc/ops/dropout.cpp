@@ -28,10 +28,18 @@ Tensor empty_mask(const Tensor& seed, int64_t purpose, int64_t rows, int64_t col
   return empty(seed, {rows, columns}, ScalarType::Bool);
 }
 
+DrawMask mask_arguments(const Tensor& seed, const Tensor& mask, int64_t purpose, double p) {
+  return {.seed = data<int64_t>(seed),
+          .mask = mutable_data<bool>(mask),
+          .rows = mask.size(0),
+          .columns = mask.size(1),
+          .purpose = valid_purpose(purpose),
+          .p = p};
+}
+
 Tensor mask_cpu(const Tensor& seed, int64_t purpose, int64_t rows, int64_t columns, double p) {
   const Tensor mask = empty_mask(seed, purpose, rows, columns, p);
-  cpu::run(DrawMask{data<int64_t>(seed), mutable_data<bool>(mask), rows, columns, valid_purpose(purpose), p},
-           torch_parallel());
+  cpu::run(mask_arguments(seed, mask, purpose, p), torch_parallel());
   return mask;
 }
 
@@ -51,12 +59,18 @@ Sizes check_dropout(const Tensor& x, const Tensor& seed, double p, int64_t perio
   return {x.numel() / D, D, period / D};
 }
 
+template <class T>
+Dropout<T> dropout_arguments(const Tensor& x, const Tensor& seed, const Tensor& out, const Sizes& n, double p) {
+  return {
+      .x = data<T>(x), .seed = data<int64_t>(seed), .out = mutable_data<T>(out), .N = n.N, .D = n.D, .R = n.R, .p = p};
+}
+
 Tensor dropout_cpu(const Tensor& x_any, const Tensor& seed, double p, int64_t period) {
   const Sizes n = check_dropout(x_any, seed, p, period);
-  const Tensor x = row_major(x_any), out = torch::stable::new_empty(x, x.sizes());
+  const Tensor x = row_major(x_any), out = empty_as(x);
   for_storage_dtype("dropout", "x", x, [&](auto value) {
     using T = decltype(value);
-    cpu::run(Dropout<T>{data<T>(x), data<int64_t>(seed), mutable_data<T>(out), n.N, n.D, n.R, p}, torch_parallel());
+    cpu::run(dropout_arguments<T>(x, seed, out, n, p), torch_parallel());
   });
   return out;
 }
@@ -65,18 +79,17 @@ Tensor dropout_cpu(const Tensor& x_any, const Tensor& seed, double p, int64_t pe
 Tensor mask_cuda(const Tensor& seed, int64_t purpose, int64_t rows, int64_t columns, double p) {
   const Tensor mask = empty_mask(seed, purpose, rows, columns, p);
   const OnCuda cuda(seed);
-  cuda::run(DrawMask{data<int64_t>(seed), mutable_data<bool>(mask), rows, columns, valid_purpose(purpose), p},
-            cuda.stream());
+  cuda::run(mask_arguments(seed, mask, purpose, p), cuda.stream());
   return mask;
 }
 
 Tensor dropout_cuda(const Tensor& x_any, const Tensor& seed, double p, int64_t period) {
   const Sizes n = check_dropout(x_any, seed, p, period);
   const OnCuda cuda(x_any);
-  const Tensor x = row_major(x_any), out = torch::stable::new_empty(x, x.sizes());
+  const Tensor x = row_major(x_any), out = empty_as(x);
   for_storage_dtype("dropout", "x", x, [&](auto value) {
     using T = decltype(value);
-    cuda::run(Dropout<T>{data<T>(x), data<int64_t>(seed), mutable_data<T>(out), n.N, n.D, n.R, p}, cuda.stream());
+    cuda::run(dropout_arguments<T>(x, seed, out, n, p), cuda.stream());
   });
   return out;
 }
@@ -91,15 +104,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("mask", TORCH_BOX(&mask_cpu));
-  m.impl("dropout", TORCH_BOX(&dropout_cpu));
+  LLMKERN_OPERATOR(m, "mask", &mask_cpu);
+  LLMKERN_OPERATOR(m, "dropout", &dropout_cpu);
 }
 #endif
 
 #ifdef LLMKERN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) {
-  m.impl("mask", TORCH_BOX(&mask_cuda));
-  m.impl("dropout", TORCH_BOX(&dropout_cuda));
+  LLMKERN_OPERATOR(m, "mask", &mask_cuda);
+  LLMKERN_OPERATOR(m, "dropout", &dropout_cuda);
 }
 #endif
 

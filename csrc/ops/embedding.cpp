@@ -40,11 +40,11 @@ Tensor embedding_cpu(const Tensor& ids_any, const Tensor& weight_any, int64_t, b
   check_dim(kName, "weight", weight_any, 2);
   const Tensor ids = row_major(ids_any), weight = row_major(weight_any);
   const int64_t N = ids.numel(), V = weight.size(0), D = weight.size(1);
-  Tensor out = torch::stable::new_empty(weight, output_shape(ids, D));
+  Tensor out = empty(weight, output_shape(ids, D));
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
     check_ids<Index>(ids, V);
-    for_float_dtype(kName, "weight", weight, [&](auto value) {
+    for_storage_dtype(kName, "weight", weight, [&](auto value) {
       using T = decltype(value);
       cpu::run(EmbeddingForward<T, Index>{data<T>(weight), data<Index>(ids), mutable_data<T>(out), N, V, D},
                torch_parallel());
@@ -82,10 +82,18 @@ Tensor embedding_backward_cpu(const Tensor& grad_any, const Tensor& ids_any, int
     using Index = decltype(index);
     check_ids<Index>(ids, V);
     const std::vector<int64_t> counts = scale_grad_by_freq ? occurrences<Index>(ids, V) : std::vector<int64_t>{};
-    for_float_dtype(kName, "the gradient", grad, [&](auto value) {
+    for_storage_dtype(kName, "the gradient", grad, [&](auto value) {
       using T = decltype(value);
-      cpu::run(EmbeddingBackward<T, Index>{data<T>(grad), data<Index>(ids), counts.empty() ? nullptr : counts.data(),
-                                           mutable_data<T>(grad_weight), N, V, D, padding_idx},
+      const Tensor sums = sizeof(T) == 2 ? empty_recycled(grad, {V, D}, ScalarType::Float) : grad_weight;
+      cpu::run(EmbeddingBackward<T, Index>{.grad_out = data<T>(grad),
+                                           .ids = data<Index>(ids),
+                                           .counts = counts.empty() ? nullptr : counts.data(),
+                                           .sums = mutable_data<Widened<T>>(sums),
+                                           .grad_table = mutable_data<T>(grad_weight),
+                                           .N = N,
+                                           .V = V,
+                                           .D = D,
+                                           .padding_idx = padding_idx},
                torch_parallel());
     });
   });
@@ -98,7 +106,7 @@ Tensor embedding_cuda(const Tensor& ids_any, const Tensor& weight_any, int64_t, 
   const OnCuda cuda(weight_any);
   const Tensor ids = row_major(ids_any), weight = row_major(weight_any);
   const int64_t N = ids.numel(), V = weight.size(0), D = weight.size(1);
-  Tensor out = torch::stable::new_empty(weight, output_shape(ids, D));
+  Tensor out = empty(weight, output_shape(ids, D));
   for_index_dtype(kName, "ids", ids, [&](auto index) {
     using Index = decltype(index);
     for_storage_dtype(kName, "weight", weight, [&](auto value) {
@@ -146,15 +154,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("embedding", TORCH_BOX(&embedding_cpu));
-  m.impl("embedding_backward", TORCH_BOX(&embedding_backward_cpu));
+  LLMKERN_OPERATOR(m, "embedding", &embedding_cpu);
+  LLMKERN_OPERATOR(m, "embedding_backward", &embedding_backward_cpu);
 }
 #endif
 
 #ifdef LLMKERN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) {
-  m.impl("embedding", TORCH_BOX(&embedding_cuda));
-  m.impl("embedding_backward", TORCH_BOX(&embedding_backward_cuda));
+  LLMKERN_OPERATOR(m, "embedding", &embedding_cuda);
+  LLMKERN_OPERATOR(m, "embedding_backward", &embedding_backward_cuda);
 }
 #endif
 

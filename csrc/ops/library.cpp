@@ -1,24 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0
-// The extension module, and what is not an operator of one family: threads, streams, what was built and what is in use.
+// The extension module, and the operators that belong to no family: threads, streams, memory, facts about the build.
 //
 // Importing the module registers the operators (each family's STABLE_TORCH_LIBRARY_FRAGMENT); it has no Python content.
 #include <Python.h>
 
+#include <algorithm>
+#include <exception>
+#include <mutex>
 #include <sstream>
 #include <tuple>
 
+#include "kernels/cores.h"
 #include "ops/block_cache.h"
 #include "ops/cuda.h"
 #include "ops/tensors.h"
 
 namespace llmkern::ops {
 
+namespace {
+
+// The first exception of the parts of one call. The stable ABI would lose its type and text.
+class Failure {
+ public:
+  template <class F>
+  void catch_from(const F& f) {
+    try {
+      f();
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr error_;
+};
+
+void launch(int64_t n, int64_t grain, Parallel::Body body, const void* context) {
+  Failure failure;
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    failure.catch_from([&] {
+      const AtWork work;
+      body(context, begin, end);
+    });
+  });
+  failure.rethrow();
+}
+
+}  // namespace
+
 Parallel torch_parallel() {
-  return Parallel(
-      [](int64_t n, int64_t grain, Parallel::Body body, const void* context) {
-        torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-      },
-      static_cast<int>(torch::stable::get_num_threads()));
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  return Parallel(&launch, threads > 1 ? std::min(threads, usable_cores()) : threads);
 }
 
 namespace {
@@ -36,17 +73,25 @@ std::string cpu_isa() { return cpu::name(cpu::active_isa()); }
 
 std::string cpu_isa_detected() { return cpu::name(cpu::detected_isa()); }
 
+// Between calls alone: one call asks several builds' kernels for sizes, layouts and results, which must be one build's.
 void select_cpu_isa(std::string name) {
-  if (cpu::select_isa(name.c_str())) return;
-  fail("cpu", "expected an instruction set among generic, avx2, avx512 and at most '", cpu::name(cpu::detected_isa()),
-       "' on this machine, got '", name, "'");
+  const auto select = [](void* wanted) { cpu::select_isa(static_cast<const std::string*>(wanted)->c_str()); };
+  if (while_nobody_works(select, &name)) return;
+  fail<std::runtime_error>("cpu", "expected no other thread in an operator while the instruction set changes to '",
+                           name, "', got one; wait for it");
 }
 
-void empty_cache() { block_cache().free_idle(); }
+int64_t cores() { return usable_cores(); }
 
-std::tuple<int64_t, int64_t, int64_t> memory_stats() {
-  const BlockCache::Stats stats = block_cache().stats();
-  return {stats.held_bytes, stats.idle_bytes, stats.mapped_bytes};
+void empty_cache() {
+  block_cache().free_idle();
+  free_thread_memory();
+}
+
+std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> memory_stats() {
+  const BlockCache::Stats blocks = block_cache().stats();
+  const ThreadMemory of_threads = thread_memory();
+  return {blocks.held_bytes, blocks.idle_bytes, blocks.mapped_bytes, of_threads.bytes, of_threads.threads};
 }
 
 void raise_deferred_errors(int64_t device_index) {
@@ -66,7 +111,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def("cpu_isa_detected() -> str");
   m.def("select_cpu_isa(str name) -> ()");
   m.def("empty_cache() -> ()");
-  m.def("memory_stats() -> (int held_bytes, int idle_bytes, int mapped_bytes)");
+  m.def("memory_stats() -> (int held_bytes, int idle_bytes, int mapped_bytes, int thread_bytes, int threads)");
+  m.def("usable_cores() -> int");
   m.def("raise_deferred_errors(int device_index) -> ()");
 }
 
@@ -77,6 +123,7 @@ STABLE_TORCH_LIBRARY_IMPL(llmkern, CompositeExplicitAutograd, m) {
   m.impl("select_cpu_isa", TORCH_BOX(&select_cpu_isa));
   m.impl("empty_cache", TORCH_BOX(&empty_cache));
   m.impl("memory_stats", TORCH_BOX(&memory_stats));
+  m.impl("usable_cores", TORCH_BOX(&cores));
   m.impl("raise_deferred_errors", TORCH_BOX(&raise_deferred_errors));
 }
 

@@ -28,8 +28,15 @@ struct Layer {
 
   template <class T>
   LstmVariant<T> variant() const {
-    return {data<T>(weight_hr), data<T>(norm_gates), data<T>(norm_cell), data<bool>(reset),
-            zoneout_h,          zoneout_c,           data<int64_t>(seed)};
+    return {
+        .weight_hr = data<T>(weight_hr),
+        .norm_gates = data<T>(norm_gates),
+        .norm_cell = data<T>(norm_cell),
+        .reset = data<bool>(reset),
+        .zoneout_h = zoneout_h,
+        .zoneout_c = zoneout_c,
+        .seed = data<int64_t>(seed),
+    };
   }
 };
 
@@ -66,21 +73,23 @@ LstmSizes Layer::check() const {
 }
 
 Layer Layer::contiguous() const {
-  return {row_major(input),
-          row_major(h_0),
-          row_major(c_0),
-          row_major(weight_ih),
-          row_major(weight_hh),
-          row_major(bias_ih),
-          row_major(bias_hh),
-          row_major(weight_hr),
-          row_major(norm_gates),
-          row_major(norm_cell),
-          row_major(lengths),
-          row_major(reset),
-          seed,
-          zoneout_h,
-          zoneout_c};
+  return {
+      .input = row_major(input),
+      .h_0 = row_major(h_0),
+      .c_0 = row_major(c_0),
+      .weight_ih = row_major(weight_ih),
+      .weight_hh = row_major(weight_hh),
+      .bias_ih = row_major(bias_ih),
+      .bias_hh = row_major(bias_hh),
+      .weight_hr = row_major(weight_hr),
+      .norm_gates = row_major(norm_gates),
+      .norm_cell = row_major(norm_cell),
+      .lengths = row_major(lengths),
+      .reset = row_major(reset),
+      .seed = seed,
+      .zoneout_h = zoneout_h,
+      .zoneout_c = zoneout_c,
+  };
 }
 
 // The kernels count with them; on CUDA nobody looks.
@@ -118,8 +127,17 @@ void Saved::check(const LstmSizes& n, ScalarType dtype, ScalarType wide, bool ha
 }
 
 Saved Saved::contiguous() const {
-  return {row_major(grad_output), row_major(grad_h_n), row_major(grad_c_n),   row_major(grad_cells), row_major(output),
-          row_major(cells),       row_major(gates),    row_major(normalized), row_major(scales)};
+  return {
+      .grad_output = row_major(grad_output),
+      .grad_h_n = row_major(grad_h_n),
+      .grad_c_n = row_major(grad_c_n),
+      .grad_cells = row_major(grad_cells),
+      .output = row_major(output),
+      .cells = row_major(cells),
+      .gates = row_major(gates),
+      .normalized = row_major(normalized),
+      .scales = row_major(scales),
+  };
 }
 
 using Steps = std::vector<Tensor>;
@@ -155,17 +173,19 @@ std::tuple<Tensor, Tensor, Tensor> lstm_weight_gradients_cpu(Steps grad_gates, S
     const auto gates_at = pointers<T>("grad_gates", grad_gates, rows, 4 * H, dtype);
     const auto input_at = pointers<T>("input", input, rows, I, dtype);
     const auto previous_at = pointers<T>("previous", previous, rows, P, dtype);
-    const LstmWeightGradients<T> gradients = {gates_at.data(),
-                                              input_at.data(),
-                                              previous_at.data(),
-                                              rows.data(),
-                                              mutable_data<T>(grad_weight_ih),
-                                              mutable_data<T>(grad_weight_hh),
-                                              mutable_data<T>(grad_bias),
-                                              static_cast<int64_t>(rows.size()),
-                                              I,
-                                              H,
-                                              P};
+    const LstmWeightGradients<T> gradients = {
+        .grad_gates = gates_at.data(),
+        .input = input_at.data(),
+        .previous = previous_at.data(),
+        .rows = rows.data(),
+        .grad_weight_ih = mutable_data<T>(grad_weight_ih),
+        .grad_weight_hh = mutable_data<T>(grad_weight_hh),
+        .grad_bias = mutable_data<T>(grad_bias),
+        .steps = static_cast<int64_t>(rows.size()),
+        .I = I,
+        .H = H,
+        .P = P,
+    };
     cpu::run(gradients, torch_parallel());
   });
   return {grad_weight_ih, grad_weight_hh, grad_bias};
@@ -193,15 +213,28 @@ Forward lstm_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c
                  const OptionalTensor& norm_cell_any, const OptionalTensor& lengths_any,
                  const OptionalTensor& reset_any, const OptionalTensor& seed, const OptionalTensor& packed_any,
                  double zoneout_h, double zoneout_c, bool reverse, bool save_cells, bool save_gates) {
-  const Layer given = {input_any,   h_0_any,     c_0_any,       weight_ih_any,  weight_hh_any,
-                       bias_ih_any, bias_hh_any, weight_hr_any, norm_gates_any, norm_cell_any,
-                       lengths_any, reset_any,   seed,          zoneout_h,      zoneout_c};
+  const Layer given = {
+      .input = input_any,
+      .h_0 = h_0_any,
+      .c_0 = c_0_any,
+      .weight_ih = weight_ih_any,
+      .weight_hh = weight_hh_any,
+      .bias_ih = bias_ih_any,
+      .bias_hh = bias_hh_any,
+      .weight_hr = weight_hr_any,
+      .norm_gates = norm_gates_any,
+      .norm_cell = norm_cell_any,
+      .lengths = lengths_any,
+      .reset = reset_any,
+      .seed = seed,
+      .zoneout_h = zoneout_h,
+      .zoneout_c = zoneout_c,
+  };
   const LstmSizes n = given.check();
   const OptionalTensor packed = row_major(packed_any);
   const ScalarType given_dtype = input_any.scalar_type();
-  const LstmPacking packing = forward_packing(packed ? packed->scalar_type() : given_dtype, given_dtype);
-  const bool quantised = packing == LstmPacking::kQuantised;
-  const void* panels = packed_weights(packed, packing, n, given_dtype);
+  const bool quantised = is_quantised(packed, given_dtype);
+  const void* panels = packed_weights(packed, n, given_dtype);
   const Layer layer = given.contiguous();
   check_values(layer.lengths, n.T);
   const Tensor& input = layer.input;
@@ -216,31 +249,34 @@ Forward lstm_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c
   const Tensor scales = empty_recycled_if(norm, input, {n.T, n.B, 4}, wide);
   for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
-    cpu::run(LstmForward<T>{data<T>(input),
-                            data<T>(layer.h_0),
-                            data<T>(layer.c_0),
-                            data<T>(layer.weight_ih),
-                            data<T>(layer.weight_hh),
-                            data<T>(layer.bias_ih),
-                            data<T>(layer.bias_hh),
-                            layer.variant<T>(),
-                            data<int64_t>(layer.lengths),
-                            panels,
-                            quantised,
-                            mutable_data<T>(output),
-                            data_if<Widened<T>>(save_cells, cells),
-                            data_if<T>(save_gates, gates),
-                            data_if<T>(norm, normalized),
-                            data_if<Widened<T>>(norm, scales),
-                            mutable_data<T>(h_n),
-                            mutable_data<T>(c_n),
-                            n.T,
-                            n.B,
-                            n.I,
-                            n.H,
-                            n.P,
-                            reverse},
-             torch_parallel());
+    cpu::run(
+        LstmForward<T>{
+            .input = data<T>(input),
+            .h_0 = data<T>(layer.h_0),
+            .c_0 = data<T>(layer.c_0),
+            .weight_ih = data<T>(layer.weight_ih),
+            .weight_hh = data<T>(layer.weight_hh),
+            .bias_ih = data<T>(layer.bias_ih),
+            .bias_hh = data<T>(layer.bias_hh),
+            .variant = layer.variant<T>(),
+            .lengths = data<int64_t>(layer.lengths),
+            .packed = panels,
+            .quantised = quantised,
+            .output = mutable_data<T>(output),
+            .cells = data_if<Widened<T>>(save_cells, cells),
+            .gates = data_if<T>(save_gates, gates),
+            .normalized = data_if<T>(norm, normalized),
+            .scales = data_if<Widened<T>>(norm, scales),
+            .h_n = mutable_data<T>(h_n),
+            .c_n = mutable_data<T>(c_n),
+            .steps = n.T,
+            .B = n.B,
+            .I = n.I,
+            .H = n.H,
+            .P = n.P,
+            .reverse = reverse,
+        },
+        torch_parallel());
   });
   return {output, h_n, c_n, cells, gates, normalized, scales};
 }
@@ -254,27 +290,47 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
                            const OptionalTensor& lengths_any, const OptionalTensor& reset_any,
                            const OptionalTensor& seed, const Tensor& output, const Tensor& cells, const Tensor& gates,
                            const Tensor& normalized, const Tensor& scales, double zoneout_h, double zoneout_c,
-                           bool reverse, bool weights, const OptionalTensor& packed_any) {
-  const Layer given = {input_any,   h_0_any,     c_0_any,       weight_ih_any,  weight_hh_any,
-                       bias_ih_any, bias_hh_any, weight_hr_any, norm_gates_any, norm_cell_any,
-                       lengths_any, reset_any,   seed,          zoneout_h,      zoneout_c};
-  const Saved saved_any = {grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, gates, normalized, scales};
+                           bool reverse, bool weights, bool need_input) {
+  const Layer given = {
+      .input = input_any,
+      .h_0 = h_0_any,
+      .c_0 = c_0_any,
+      .weight_ih = weight_ih_any,
+      .weight_hh = weight_hh_any,
+      .bias_ih = bias_ih_any,
+      .bias_hh = bias_hh_any,
+      .weight_hr = weight_hr_any,
+      .norm_gates = norm_gates_any,
+      .norm_cell = norm_cell_any,
+      .lengths = lengths_any,
+      .reset = reset_any,
+      .seed = seed,
+      .zoneout_h = zoneout_h,
+      .zoneout_c = zoneout_c,
+  };
+  const Saved saved_any = {
+      .grad_output = grad_output,
+      .grad_h_n = grad_h_n,
+      .grad_c_n = grad_c_n,
+      .grad_cells = grad_cells,
+      .output = output,
+      .cells = cells,
+      .gates = gates,
+      .normalized = normalized,
+      .scales = scales,
+  };
   const LstmSizes n = given.check();
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
   const bool norm = given.norm_gates.has_value(), projection = given.weight_hr.has_value();
   saved_any.check(n, dtype, wide, norm);
-  if ((!weights || packed_any) && (given.lengths || !given.is_plain())) {
-    fail(kName, "expected weights=True and no packed weights beside lengths and variants");
-  }
-  const OptionalTensor packed = row_major(packed_any);
-  const void* panels = packed_weights(packed, LstmPacking::kBackward, n, dtype);
+  const bool by_step = given.is_plain() && !given.lengths;
   const Layer layer = given.contiguous();
   const Saved saved = saved_any.contiguous();
   check_values(layer.lengths, n.T);
   const Tensor& input = layer.input;
-  const Tensor grad_input = empty_recycled(input, {n.T, n.B, n.I}), grad_h_0 = empty(input, {n.B, n.P});
-  const Tensor grad_c_0 = empty(input, {n.B, n.H}),
-               grad_gates = empty_recycled_if(!weights, input, {n.T, n.B, 4 * n.H});
+  const Tensor grad_input = empty_recycled_if(need_input, input, {n.T, n.B, n.I});
+  const Tensor grad_h_0 = empty(input, {n.B, n.P}), grad_c_0 = empty(input, {n.B, n.H});
+  const Tensor grad_gates = empty_recycled_if(!weights && by_step, input, {n.T, n.B, 4 * n.H});
   const Tensor grad_weight_ih = empty_recycled_if(weights, input, {4 * n.H, n.I});
   const Tensor grad_weight_hh = empty_recycled_if(weights, input, {4 * n.H, n.P});
   const Tensor grad_bias = empty_if(weights, input, {4 * n.H});
@@ -283,42 +339,44 @@ Backward lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTens
   const Tensor grad_norm_cell = empty_if(weights && norm, input, {2, n.H});
   for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
-    cpu::run(LstmBackward<T>{data<T>(saved.grad_output),
-                             data<T>(saved.grad_h_n),
-                             data<T>(saved.grad_c_n),
-                             data<Widened<T>>(saved.grad_cells),
-                             data<T>(input),
-                             data<T>(layer.h_0),
-                             data<T>(layer.c_0),
-                             data<T>(layer.weight_ih),
-                             data<T>(layer.weight_hh),
-                             data<T>(layer.bias_ih),
-                             data<T>(layer.bias_hh),
-                             layer.variant<T>(),
-                             data<int64_t>(layer.lengths),
-                             data<T>(saved.output),
-                             data<Widened<T>>(saved.cells),
-                             saved.has_gates() ? data<T>(saved.gates) : nullptr,
-                             saved.has_gates() && norm ? data<T>(saved.normalized) : nullptr,
-                             saved.has_gates() && norm ? data<Widened<T>>(saved.scales) : nullptr,
-                             panels,
-                             data_if<T>(!weights, grad_gates),
-                             mutable_data<T>(grad_input),
-                             mutable_data<T>(grad_h_0),
-                             mutable_data<T>(grad_c_0),
-                             data_if<T>(weights, grad_weight_ih),
-                             data_if<T>(weights, grad_weight_hh),
-                             data_if<T>(weights, grad_bias),
-                             data_if<T>(weights && projection, grad_weight_hr),
-                             data_if<T>(weights && norm, grad_norm_gates),
-                             data_if<T>(weights && norm, grad_norm_cell),
-                             n.T,
-                             n.B,
-                             n.I,
-                             n.H,
-                             n.P,
-                             reverse},
-             torch_parallel());
+    cpu::run(
+        LstmBackward<T>{
+            .grad_output = data<T>(saved.grad_output),
+            .grad_h_n = data<T>(saved.grad_h_n),
+            .grad_c_n = data<T>(saved.grad_c_n),
+            .grad_cells = data<Widened<T>>(saved.grad_cells),
+            .input = data<T>(input),
+            .h_0 = data<T>(layer.h_0),
+            .c_0 = data<T>(layer.c_0),
+            .weight_ih = data<T>(layer.weight_ih),
+            .weight_hh = data<T>(layer.weight_hh),
+            .bias_ih = data<T>(layer.bias_ih),
+            .bias_hh = data<T>(layer.bias_hh),
+            .variant = layer.variant<T>(),
+            .lengths = data<int64_t>(layer.lengths),
+            .output = data<T>(saved.output),
+            .cells = data<Widened<T>>(saved.cells),
+            .gates = saved.has_gates() ? data<T>(saved.gates) : nullptr,
+            .normalized = saved.has_gates() && norm ? data<T>(saved.normalized) : nullptr,
+            .scales = saved.has_gates() && norm ? data<Widened<T>>(saved.scales) : nullptr,
+            .grad_gates = data_if<T>(!weights && by_step, grad_gates),
+            .grad_input = data_if<T>(need_input, grad_input),
+            .grad_h_0 = mutable_data<T>(grad_h_0),
+            .grad_c_0 = mutable_data<T>(grad_c_0),
+            .grad_weight_ih = data_if<T>(weights, grad_weight_ih),
+            .grad_weight_hh = data_if<T>(weights, grad_weight_hh),
+            .grad_bias = data_if<T>(weights, grad_bias),
+            .grad_weight_hr = data_if<T>(weights && projection, grad_weight_hr),
+            .grad_norm_gates = data_if<T>(weights && norm, grad_norm_gates),
+            .grad_norm_cell = data_if<T>(weights && norm, grad_norm_cell),
+            .steps = n.T,
+            .B = n.B,
+            .I = n.I,
+            .H = n.H,
+            .P = n.P,
+            .reverse = reverse,
+        },
+        torch_parallel());
   });
   return {grad_input,     grad_h_0,  grad_c_0,       grad_gates,      grad_weight_ih,
           grad_weight_hh, grad_bias, grad_weight_hr, grad_norm_gates, grad_norm_cell};
@@ -329,14 +387,14 @@ Tensor rows_of(const Tensor& steps) {  // [T, B, X] as [T * B, X]
   return torch::stable::view(steps, {steps.size(0) * steps.size(1), steps.size(2)});
 }
 
-LstmSizes check_cuda(const Layer& layer, const OptionalTensor& grad_cells, bool weights) {
+LstmSizes check_cuda(const Layer& layer, const OptionalTensor& grad_cells) {
   const LstmSizes n = layer.check();
   for (const OptionalTensor& tensor :
        {OptionalTensor(layer.h_0), OptionalTensor(layer.c_0), OptionalTensor(layer.weight_ih),
         OptionalTensor(layer.weight_hh), layer.bias_ih, layer.bias_hh, layer.lengths}) {
     if (tensor && !same_device(*tensor, layer.input)) fail(kName, "expected every tensor on one device");
   }
-  if (!layer.is_plain() || grad_cells.has_value() || !weights) {
+  if (!layer.is_plain() || grad_cells.has_value()) {
     fail(kName, "expected a layer without projection, layer norm, zoneout, reset and cell states on CUDA");
   }
   return n;
@@ -348,10 +406,24 @@ Forward lstm_cuda(const Tensor& input_any, const Tensor& h_0_any, const Tensor& 
                   const OptionalTensor& lengths_any, const OptionalTensor& reset, const OptionalTensor& seed,
                   const OptionalTensor&, double zoneout_h, double zoneout_c, bool reverse, bool save_cells,
                   bool save_gates) {
-  const Layer given = {input_any,   h_0_any,     c_0_any,   weight_ih_any, weight_hh_any,
-                       bias_ih_any, bias_hh_any, weight_hr, norm_gates,    norm_cell,
-                       lengths_any, reset,       seed,      zoneout_h,     zoneout_c};
-  const LstmSizes n = check_cuda(given, std::nullopt, true);
+  const Layer given = {
+      .input = input_any,
+      .h_0 = h_0_any,
+      .c_0 = c_0_any,
+      .weight_ih = weight_ih_any,
+      .weight_hh = weight_hh_any,
+      .bias_ih = bias_ih_any,
+      .bias_hh = bias_hh_any,
+      .weight_hr = weight_hr,
+      .norm_gates = norm_gates,
+      .norm_cell = norm_cell,
+      .lengths = lengths_any,
+      .reset = reset,
+      .seed = seed,
+      .zoneout_h = zoneout_h,
+      .zoneout_c = zoneout_c,
+  };
+  const LstmSizes n = check_cuda(given, std::nullopt);
   const OnCuda cuda(input_any);
   const Layer layer = given.contiguous();
   const Tensor& input = layer.input;
@@ -365,10 +437,24 @@ Forward lstm_cuda(const Tensor& input_any, const Tensor& h_0_any, const Tensor& 
   for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
     cuda::run(
-        LstmRecurrence<T>{data<Widened<T>>(input_gates), data<T>(layer.h_0), data<T>(layer.c_0),
-                          data<T>(layer.weight_hh), data<T>(layer.bias_ih), data<T>(layer.bias_hh),
-                          data<int64_t>(layer.lengths), mutable_data<T>(output), mutable_data<Widened<T>>(cells),
-                          mutable_data<T>(gates), mutable_data<T>(h_n), mutable_data<T>(c_n), n.T, n.B, n.H, reverse},
+        LstmRecurrence<T>{
+            .input_gates = data<Widened<T>>(input_gates),
+            .h_0 = data<T>(layer.h_0),
+            .c_0 = data<T>(layer.c_0),
+            .weight_hh = data<T>(layer.weight_hh),
+            .bias_ih = data<T>(layer.bias_ih),
+            .bias_hh = data<T>(layer.bias_hh),
+            .lengths = data<int64_t>(layer.lengths),
+            .output = mutable_data<T>(output),
+            .cells = mutable_data<Widened<T>>(cells),
+            .gates = mutable_data<T>(gates),
+            .h_n = mutable_data<T>(h_n),
+            .c_n = mutable_data<T>(c_n),
+            .steps = n.T,
+            .B = n.B,
+            .H = n.H,
+            .reverse = reverse,
+        },
         cuda.stream());
   });
   const Tensor none = empty(input, {0}), none_wide = empty(input, {0}, wide);
@@ -385,13 +471,37 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
                             const OptionalTensor& lengths_any, const OptionalTensor& reset, const OptionalTensor& seed,
                             const Tensor& output, const Tensor& cells, const Tensor& gates, const Tensor& normalized,
                             const Tensor& scales, double zoneout_h, double zoneout_c, bool reverse, bool weights,
-                            const OptionalTensor&) {
-  const Layer given = {input_any,   h_0_any,     c_0_any,   weight_ih_any, weight_hh_any,
-                       bias_ih_any, bias_hh_any, weight_hr, norm_gates,    norm_cell,
-                       lengths_any, reset,       seed,      zoneout_h,     zoneout_c};
-  const LstmSizes n = check_cuda(given, grad_cells, weights);
+                            bool need_input) {
+  const Layer given = {
+      .input = input_any,
+      .h_0 = h_0_any,
+      .c_0 = c_0_any,
+      .weight_ih = weight_ih_any,
+      .weight_hh = weight_hh_any,
+      .bias_ih = bias_ih_any,
+      .bias_hh = bias_hh_any,
+      .weight_hr = weight_hr,
+      .norm_gates = norm_gates,
+      .norm_cell = norm_cell,
+      .lengths = lengths_any,
+      .reset = reset,
+      .seed = seed,
+      .zoneout_h = zoneout_h,
+      .zoneout_c = zoneout_c,
+  };
+  const LstmSizes n = check_cuda(given, grad_cells);
   const ScalarType dtype = input_any.scalar_type(), wide = widened(dtype);
-  const Saved saved_any = {grad_output, grad_h_n, grad_c_n, grad_cells, output, cells, gates, normalized, scales};
+  const Saved saved_any = {
+      .grad_output = grad_output,
+      .grad_h_n = grad_h_n,
+      .grad_c_n = grad_c_n,
+      .grad_cells = grad_cells,
+      .output = output,
+      .cells = cells,
+      .gates = gates,
+      .normalized = normalized,
+      .scales = scales,
+  };
   saved_any.check(n, dtype, wide, false);
   check_shape(kName, "gates", gates, {n.T, n.B, 4 * n.H});
   const OnCuda cuda(input_any);
@@ -400,30 +510,59 @@ Backward lstm_backward_cuda(const OptionalTensor& grad_output, const OptionalTen
   const Tensor& input = layer.input;
   const Tensor grad_gates = empty(input, {n.T, n.B, 4 * n.H}), grad_cell = empty(input, {n.B, n.H}, wide);
   const Tensor grad_h_0 = empty(input, {n.B, n.H}), grad_c_0 = empty(input, {n.B, n.H});
-  const Tensor previous = empty(input, {n.T, n.B, n.H});
+  const Tensor previous = empty_if(weights, input, {n.T, n.B, n.H});
   for_storage_dtype(kName, "input", input, [&](auto value) {
     using T = decltype(value);
-    cuda::run(LstmRecurrenceBackward<T>{data<T>(saved.grad_output), data<T>(saved.grad_h_n), data<T>(saved.grad_c_n),
-                                        data<T>(layer.c_0), data<T>(layer.weight_hh), data<Widened<T>>(saved.cells),
-                                        data<T>(saved.gates), data<int64_t>(layer.lengths),
-                                        mutable_data<Widened<T>>(grad_cell), mutable_data<T>(grad_gates),
-                                        mutable_data<T>(grad_h_0), mutable_data<T>(grad_c_0), n.T, n.B, n.H, reverse},
-              cuda.stream());
-    cuda::run(LstmPrevious<T>{data<T>(layer.h_0), data<T>(saved.output), data<int64_t>(layer.lengths),
-                              mutable_data<T>(previous), n.T, n.B, n.H, reverse},
-              cuda.stream());
+    cuda::run(
+        LstmRecurrenceBackward<T>{
+            .grad_output = data<T>(saved.grad_output),
+            .grad_h_n = data<T>(saved.grad_h_n),
+            .grad_c_n = data<T>(saved.grad_c_n),
+            .c_0 = data<T>(layer.c_0),
+            .weight_hh = data<T>(layer.weight_hh),
+            .cells = data<Widened<T>>(saved.cells),
+            .gates = data<T>(saved.gates),
+            .lengths = data<int64_t>(layer.lengths),
+            .grad_cell = mutable_data<Widened<T>>(grad_cell),
+            .grad_gates = mutable_data<T>(grad_gates),
+            .grad_h_0 = mutable_data<T>(grad_h_0),
+            .grad_c_0 = mutable_data<T>(grad_c_0),
+            .steps = n.T,
+            .B = n.B,
+            .H = n.H,
+            .reverse = reverse,
+        },
+        cuda.stream());
+    if (!weights) return;
+    cuda::run(
+        LstmPrevious<T>{
+            .h_0 = data<T>(layer.h_0),
+            .output = data<T>(saved.output),
+            .lengths = data<int64_t>(layer.lengths),
+            .previous = mutable_data<T>(previous),
+            .steps = n.T,
+            .B = n.B,
+            .H = n.H,
+            .reverse = reverse,
+        },
+        cuda.stream());
   });
-  const Tensor rows = rows_of(grad_gates), columns = transposed(rows);
-  return {torch::stable::view(product(rows, layer.weight_ih), {n.T, n.B, n.I}),
+  const Tensor rows = rows_of(grad_gates), none = empty(input, {0});
+  const Tensor grad_input =
+      need_input ? torch::stable::view(product(rows, layer.weight_ih), {n.T, n.B, n.I}) : empty(input, {0});
+  if (!weights)
+    return {grad_input, grad_h_0, grad_c_0, layer.lengths ? none : grad_gates, none, none, none, none, none, none};
+  const Tensor columns = transposed(rows);
+  return {grad_input,
           grad_h_0,
           grad_c_0,
-          empty(input, {0}),
+          none,
           product(columns, rows_of(input)),
           product(columns, rows_of(previous)),
           sum_rows(rows, dtype),
-          empty(input, {0}),
-          empty(input, {0}),
-          empty(input, {0})};
+          none,
+          none,
+          none};
 }
 #endif
 
@@ -445,23 +584,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
       "Tensor h_0, Tensor c_0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
       "Tensor? weight_hr, Tensor? norm_gates, Tensor? norm_cell, Tensor? lengths, Tensor? reset, Tensor? seed, "
       "Tensor output, Tensor cells, Tensor gates, Tensor normalized, Tensor scales, float zoneout_h=0.0, "
-      "float zoneout_c=0.0, bool reverse=False, bool weights=True, Tensor? packed=None) -> (Tensor grad_input, Tensor "
+      "float zoneout_c=0.0, bool reverse=False, bool weights=True, bool need_input=True) -> (Tensor grad_input, Tensor "
       "grad_h_0, "
       "Tensor grad_c_0, Tensor grad_gates, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias, "
       "Tensor grad_weight_hr, Tensor grad_norm_gates, Tensor grad_norm_cell)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("lstm", TORCH_BOX(&lstm_cpu));
-  m.impl("lstm_weight_gradients", TORCH_BOX(&lstm_weight_gradients_cpu));
-  m.impl("lstm_backward", TORCH_BOX(&lstm_backward_cpu));
+  LLMKERN_OPERATOR(m, "lstm", &lstm_cpu);
+  LLMKERN_OPERATOR(m, "lstm_weight_gradients", &lstm_weight_gradients_cpu);
+  LLMKERN_OPERATOR(m, "lstm_backward", &lstm_backward_cpu);
 }
 #endif
 
 #ifdef LLMKERN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) {
-  m.impl("lstm", TORCH_BOX(&lstm_cuda));
-  m.impl("lstm_backward", TORCH_BOX(&lstm_backward_cuda));
+  LLMKERN_OPERATOR(m, "lstm", &lstm_cuda);
+  LLMKERN_OPERATOR(m, "lstm_backward", &lstm_backward_cuda);
 }
 #endif
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bindings of the LSTM share: lstm.cpp and lstm_packed.cpp.
+// What the bindings of the LSTM share: lstm.cpp, lstm_layers.cpp, lstm_step.cpp.
 #pragma once
 
 #include "kernels/lstm.h"
@@ -20,14 +20,13 @@ inline void check_parameter(const char* name, const OptionalTensor& tensor, Scal
   check_dtype(kLstm, name, *tensor, dtype);
 }
 
+// Whether these packed weights have 8 bits, for float32 input.
+inline bool is_quantised(const OptionalTensor& packed, ScalarType input) {
+  return packed.has_value() && packed->scalar_type() == ScalarType::Char && input == ScalarType::Float;
+}
+
 // What lstm_pack has made of a layer's weights, or null where that was for another instruction set than the one in use.
 // Its header is the caller's promise that these are the layer's weights; its size is not.
-const void* packed_weights(const OptionalTensor& packed, LstmPacking packing, const LstmSizes& n, ScalarType dtype);
-
-// How weights of that dtype are packed for a forward pass over input of the other one.
-inline LstmPacking forward_packing(ScalarType packed, ScalarType input) {
-  const bool quantised = packed == ScalarType::Char && input == ScalarType::Float;
-  return quantised ? LstmPacking::kQuantised : LstmPacking::kForward;
-}
+const void* packed_weights(const OptionalTensor& packed, const LstmSizes& n, ScalarType input);
 
 }  // namespace llmkern::ops

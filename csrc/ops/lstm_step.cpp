@@ -37,8 +37,7 @@ LstmSizes check_step(const Tensor& state, const Tensor& weight_ih, const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor> lstm_step_cpu(const Tensor& input_any, const Tensor& h_0_any, const Tensor& c_0_any,
                                                  const Tensor& weight_ih_any, const Tensor& weight_hh_any,
-                                                 const OptionalTensor& bias_ih_any, const OptionalTensor& bias_hh_any,
-                                                 const OptionalTensor& packed_any) {
+                                                 const OptionalTensor& bias_ih_any, const OptionalTensor& bias_hh_any) {
   const LstmSizes n = check_step(c_0_any, weight_ih_any, weight_hh_any);
   const ScalarType dtype = c_0_any.scalar_type();
   check_parameter("input", input_any, dtype, {n.B, n.I});
@@ -49,8 +48,6 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step_cpu(const Tensor& input_any, const 
   const Tensor input = row_major(input_any), h_0 = row_major(h_0_any), c_0 = row_major(c_0_any);
   const Tensor weight_ih = row_major(weight_ih_any), weight_hh = row_major(weight_hh_any);
   const OptionalTensor bias_ih = row_major(bias_ih_any), bias_hh = row_major(bias_hh_any);
-  const OptionalTensor packed = row_major(packed_any);
-  const void* panels = packed_weights(packed, LstmPacking::kForward, n, dtype);
   const Tensor h_1 = empty(input, {n.B, n.H}), c_1 = empty(input, {n.B, n.H});
   Tensor saved;
   for_storage_dtype(kLstm, "input", input, [&](auto value) {
@@ -65,7 +62,6 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step_cpu(const Tensor& input_any, const 
     a.weight_hh = data<T>(weight_hh);
     a.bias_ih = data<T>(bias_ih);
     a.bias_hh = data<T>(bias_hh);
-    a.packed = panels;
     a.output = a.h_n = mutable_data<T>(h_1);
     a.c_n = mutable_data<T>(c_1);
     a.cells = step.cells;
@@ -79,8 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step_cpu(const Tensor& input_any, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_step_backward_cpu(const OptionalTensor& grad_h_any,
                                                                   const OptionalTensor& grad_c_any,
                                                                   const Tensor& c_0_any, const Tensor& weight_ih_any,
-                                                                  const Tensor& weight_hh_any, const Tensor& saved_any,
-                                                                  const OptionalTensor& packed_any) {
+                                                                  const Tensor& weight_hh_any,
+                                                                  const Tensor& saved_any) {
   const LstmSizes n = check_step(c_0_any, weight_ih_any, weight_hh_any);
   const ScalarType dtype = c_0_any.scalar_type();
   check_parameter("grad_h", grad_h_any, dtype, {n.B, n.H});
@@ -88,8 +84,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_step_backward_cpu(const Optional
   const OptionalTensor grad_h = row_major(grad_h_any), grad_c = row_major(grad_c_any);
   const Tensor c_0 = row_major(c_0_any), saved = row_major(saved_any);
   const Tensor weight_ih = row_major(weight_ih_any), weight_hh = row_major(weight_hh_any);
-  const OptionalTensor packed = row_major(packed_any);
-  const void* panels = packed_weights(packed, LstmPacking::kBackward, n, dtype);
   const Tensor grad_input = empty(c_0, {n.B, n.I}), grad_h_0 = empty(c_0, {n.B, n.H});
   const Tensor grad_c_0 = empty(c_0, {n.B, n.H}), grad_gates = empty_recycled(c_0, {n.B, 4 * n.H});
   for_storage_dtype(kLstm, "c_0", c_0, [&](auto value) {
@@ -104,7 +98,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_step_backward_cpu(const Optional
     a.weight_hh = data<T>(weight_hh);
     a.cells = step.cells;
     a.gates = step.gates;
-    a.packed = panels;
     a.grad_gates = mutable_data<T>(grad_gates);
     a.grad_input = mutable_data<T>(grad_input);
     a.grad_h_0 = mutable_data<T>(grad_h_0);
@@ -120,15 +113,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_step_backward_cpu(const Optional
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def(
       "lstm_step(Tensor input, Tensor h_0, Tensor c_0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? "
-      "bias_hh, Tensor? packed=None) -> (Tensor h_1, Tensor c_1, Tensor saved)");
+      "bias_hh) -> (Tensor h_1, Tensor c_1, Tensor saved)");
   m.def(
       "lstm_step_backward(Tensor? grad_h, Tensor? grad_c, Tensor c_0, Tensor weight_ih, Tensor weight_hh, Tensor "
-      "saved, Tensor? packed=None) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_gates)");
+      "saved) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor grad_gates)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("lstm_step", TORCH_BOX(&lstm_step_cpu));
-  m.impl("lstm_step_backward", TORCH_BOX(&lstm_step_backward_cpu));
+  LLMKERN_OPERATOR(m, "lstm_step", &lstm_step_cpu);
+  LLMKERN_OPERATOR(m, "lstm_step_backward", &lstm_step_backward_cpu);
 }
 
 }  // namespace llmkern::ops

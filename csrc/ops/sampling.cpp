@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* kName = "sample";
 
-// token, valid, num_kept, filtered_logprob and, of logprob, entropy, rank, top_ids, top_logprobs, processed, what was
+// token, valid, num_kept, filtered_logprob and, of logprob, entropy, rank, top_ids, top_logprobs, processed, the ones
 // asked for. A list, because every tensor costs as much as the draw from a small vocabulary.
 using Outputs = std::vector<Tensor>;
 
@@ -168,7 +168,7 @@ Sample<T> arguments(const Inputs& in) {
   return a;
 }
 
-// What f(T{}) returns, T being the storage type of the logits.
+// Returns f(T{}), T being the storage type of the logits.
 template <class F>
 Outputs for_logits_dtype(const Tensor& logits, const F& f) {
   switch (logits.scalar_type()) {
@@ -208,10 +208,21 @@ Outputs sample(const Tensor& logits, const OptionalTensor& bias, const OptionalT
                const OptionalTensor& positions, int64_t num_logprobs, bool return_logprob, bool return_entropy,
                bool return_rank, bool return_processed) {
   check_sizes(logits, num_logprobs);
-  const Wanted wanted = {num_logprobs, return_logprob, return_entropy, return_rank, return_processed};
-  const Inputs in = {dense_rows(logits), row_major(bias),       row_major(bias_ids),   row_major(bias_values),
-                     row_major(allowed), row_major(prompt_ids), row_major(output_ids), row_major(settings),
-                     row_major(seeds),   row_major(positions)};
+  const Wanted wanted = {.num_logprobs = num_logprobs,
+                         .logprob = return_logprob,
+                         .entropy = return_entropy,
+                         .rank = return_rank,
+                         .processed = return_processed};
+  const Inputs in = {.logits = dense_rows(logits),
+                     .bias = row_major(bias),
+                     .bias_ids = row_major(bias_ids),
+                     .bias_values = row_major(bias_values),
+                     .allowed = row_major(allowed),
+                     .prompt = row_major(prompt_ids),
+                     .output = row_major(output_ids),
+                     .settings = row_major(settings),
+                     .seeds = row_major(seeds),
+                     .positions = row_major(positions)};
   return for_logits_dtype(in.logits, [&](auto type) {
     auto a = arguments<decltype(type)>(in);
     const Outputs out = make_outputs(in.logits, wanted, a);
@@ -236,11 +247,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
       "bool return_entropy, bool return_rank, bool return_processed) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) { m.impl("sample", TORCH_BOX(&sample<false>)); }
+STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) { LLMKERN_OPERATOR(m, "sample", &sample<false>); }
 #endif
 
 #ifdef LLMKERN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) { m.impl("sample", TORCH_BOX(&sample<true>)); }
+STABLE_TORCH_LIBRARY_IMPL(llmkern, LLMKERN_CUDA_KEY, m) { LLMKERN_OPERATOR(m, "sample", &sample<true>); }
 #endif
 
 }  // namespace llmkern::ops

@@ -2,6 +2,7 @@
 #include "ops/tensors.h"
 
 #include <atomic>
+#include <iomanip>
 
 #include "ops/block_cache.h"
 
@@ -15,16 +16,31 @@ namespace llmkern::ops {
 
 namespace {
 
-// Half of the smallest block. What is smaller malloc keeps itself.
+// Half of the smallest block. Smaller memory malloc keeps itself.
 constexpr int64_t kLeastRecycledBytes = kHugePageBytes / 2;
 
 // 0 where there is no such number.
-int64_t bytes_of(std::initializer_list<int64_t> shape, ScalarType dtype) {
-  int64_t bytes = element_bytes(dtype);
-  for (int64_t size : shape) {
-    if (__builtin_mul_overflow(bytes, size, &bytes)) return 0;
+int64_t bytes_of(const int64_t* sizes, size_t dimensions, int64_t element_size) {
+  int64_t bytes = element_size;
+  for (size_t d = 0; d < dimensions; ++d) {
+    if (__builtin_mul_overflow(bytes, sizes[d], &bytes)) return 0;
   }
   return bytes;
+}
+
+// The sizes that a user can lower, by the beginning of an operator's name.
+const char* what_to_lower(const std::string& what) {
+  constexpr const char* kAdvice[][2] = {
+      {"lstm", "the batch size or the number of steps of a call"},
+      {"embedding", "the number of ids of a call"},
+      {"linear_cross_entropy", "the number of rows (batch size times steps) of a call"},
+      {"beam_search", "the batch size or the number of beams"},
+      {"multinomial", "the batch size or num_samples"},
+  };
+  for (const auto& [name, advice] : kAdvice) {
+    if (what.starts_with(name)) return advice;
+  }
+  return "the batch size";
 }
 
 // Where a tensor begins in its block: each a few cache lines further than the one before. Arrays that are walked side
@@ -44,9 +60,33 @@ void give_back(void* data, void* bytes) {
 
 }  // namespace
 
+void fail_for_memory(const char* what, const OutOfMemory& error) {
+  const double gib = static_cast<double>(error.bytes) / (1 << 30);
+  fail<std::runtime_error>(what, "out of memory. Expected ", error.bytes, " bytes (", std::fixed, std::setprecision(2),
+                           gib, " GiB) for ", error.purpose, ", got none from the allocator; lower ",
+                           what_to_lower(what));
+}
+
+void fail_to_make(const int64_t* sizes, size_t dimensions, int64_t element_size) {
+  std::string shape;
+  for (size_t d = 0; d < dimensions; ++d) shape += (d ? ", " : "") + std::to_string(sizes[d]);
+  const int64_t bytes = bytes_of(sizes, dimensions, element_size);
+  if (bytes <= 0) fail("tensors", "expected a shape that memory can hold, got [", shape, "]");
+  throw OutOfMemory(static_cast<size_t>(bytes), "a tensor of shape [" + shape + "]");
+}
+
+// Such a tensor is whole on its device, hence all that a copy may lack is memory.
+Tensor contiguous_copy(const Tensor& tensor) {
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::runtime_error&) {
+    fail_to_make(tensor.sizes().data(), static_cast<size_t>(tensor.dim()), tensor.element_size());
+  }
+}
+
 Tensor empty_recycled(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
   const ScalarType element = dtype.value_or(like.scalar_type());
-  const int64_t bytes = bytes_of(shape, element);
+  const int64_t bytes = bytes_of(shape.begin(), shape.size(), element_bytes(element));
   if (bytes < kLeastRecycledBytes || !like.is_cpu() || torch_from_blob == nullptr) return empty(like, shape, dtype);
   const size_t offset = next_offset();
   const Block block = block_cache().take(offset + static_cast<size_t>(bytes));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every binding shares: tensors of the stable ABI, checks with the house's error text, allocation, threads.
+// Everything that bindings share: tensors of the stable ABI, checks with the house's error text, allocation, threads.
 //
 // Python validates first (llmkern/ops); these checks are the backstop for callers of torch.ops.llmkern, so that no
 // argument whatever makes a kernel read or write where it should not.
@@ -22,6 +22,7 @@
 #include "kernels/pages.h"
 #include "kernels/parallel.h"
 #include "kernels/run.h"
+#include "kernels/thread_memory.h"
 
 namespace llmkern::ops {
 
@@ -38,6 +39,36 @@ template <class Exception = std::invalid_argument, class... Parts>
   (text << ... << parts);
   throw Exception(text.str());
 }
+
+// Turns an OutOfMemory into the error that Python gets: a RuntimeError, as torch's own.
+[[noreturn]] void fail_for_memory(const char* what, const OutOfMemory& error);
+
+template <size_t n>
+struct Name {
+  char text[n];
+  constexpr Name(const char (&name)[n]) {
+    for (size_t i = 0; i < n; ++i) text[i] = name[i];
+  }
+};
+
+template <Name name, auto f>
+struct Operator;
+
+template <Name name, class Result, class... Args, Result (*f)(Args...)>
+struct Operator<name, f> {
+  static Result call(Args... args) {
+    const AtWork work;
+    try {
+      return f(std::forward<Args>(args)...);
+    } catch (const OutOfMemory& error) {
+      fail_for_memory(name.text, error);
+    }
+  }
+};
+
+// How every binding is registered: f runs at work (kernels/thread_memory.h), and lack of memory has the operator's
+// name.
+#define LLMKERN_OPERATOR(library, name, f) library.impl(name, TORCH_BOX((&::llmkern::ops::Operator<name, f>::call)))
 
 inline std::string shape_text(const Tensor& tensor) {
   std::string text = "[";
@@ -71,44 +102,6 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-// The kernels index with plain row-major arithmetic. An expanded gradient (stride 0, from .sum()) is the classic trap.
-inline Tensor row_major(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-inline OptionalTensor row_major(const OptionalTensor& tensor) {
-  if (!tensor.has_value()) return std::nullopt;
-  return row_major(*tensor);
-}
-
-// On the device of `like`, row-major. Not torch::stable::new_empty: it looks the operator up by its name every time, a
-// microsecond for each result of a step that takes ten.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
-                    std::optional<ScalarType> dtype = std::nullopt) {
-  constexpr size_t kMostDimensions = 4;
-  const size_t dimensions = shape.size();
-  int64_t strides[kMostDimensions], count = 1;
-  if (dimensions > kMostDimensions) fail("tensors", "expected at most 4 dimensions, got ", dimensions);
-  for (size_t d = dimensions; d-- > 0; count *= shape.begin()[d]) strides[d] = count;
-  int32_t device_type, element;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &element));
-  if (dtype) element = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), shape.begin(), strides,
-                                                         element, device_type, like.get_device_index(), &made));
-  const Tensor fresh(made);
-  const size_t bytes = static_cast<size_t>(fresh.numel()) * static_cast<size_t>(fresh.element_size());
-  if (bytes >= 2 * kHugePageBytes && fresh.is_cpu()) advise_huge_pages(fresh.mutable_data_ptr(), bytes);
-  return fresh;
-}
-
-// As `empty`, for gradients, for what a recorded forward pass makes and for what is between kernels: none of it gets
-// resized, which torch would refuse. Large ones lie in memory that was used before (block_cache.h) and costs no page
-// faults.
-Tensor empty_recycled(const Tensor& like, std::initializer_list<int64_t> shape,
-                      std::optional<ScalarType> dtype = std::nullopt);
-
 // Bytes of an element of these dtypes, which are all that bindings allocate.
 inline int64_t element_bytes(ScalarType dtype) {
   switch (dtype) {
@@ -125,6 +118,59 @@ inline int64_t element_bytes(ScalarType dtype) {
       return 1;
   }
 }
+
+// The kernels index with plain row-major arithmetic. An expanded gradient (stride 0, from .sum()) is the classic trap.
+Tensor contiguous_copy(const Tensor& tensor);
+
+inline Tensor row_major(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : contiguous_copy(tensor); }
+
+inline OptionalTensor row_major(const OptionalTensor& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return row_major(*tensor);
+}
+
+// Throws OutOfMemory for a tensor of that shape.
+[[noreturn]] void fail_to_make(const int64_t* sizes, size_t dimensions, int64_t element_size);
+
+// On the device of `like`, row-major. Not torch::stable::new_empty: it looks the operator up by its name every time, a
+// microsecond for each result of a step that takes ten.
+inline Tensor empty(const Tensor& like, const int64_t* sizes, size_t dimensions,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  constexpr size_t kMostDimensions = 64;  // of any tensor
+  int64_t strides[kMostDimensions], count = 1;
+  if (dimensions > kMostDimensions) fail("tensors", "expected at most 64 dimensions, got ", dimensions);
+  for (size_t d = dimensions; d-- > 0; count *= sizes[d]) strides[d] = count;
+  int32_t device_type, element;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &element));
+  if (dtype) element = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle made;
+  if (aoti_torch_empty_strided(static_cast<int64_t>(dimensions), sizes, strides, element, device_type,
+                               like.get_device_index(), &made) != TORCH_SUCCESS) {
+    fail_to_make(sizes, dimensions, element_bytes(dtype.value_or(like.scalar_type())));
+  }
+  const Tensor fresh(made);
+  const size_t bytes = static_cast<size_t>(fresh.numel()) * static_cast<size_t>(fresh.element_size());
+  if (bytes >= 2 * kHugePageBytes && fresh.is_cpu()) advise_huge_pages(fresh.mutable_data_ptr(), bytes);
+  return fresh;
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  return empty(like, shape.begin(), shape.size(), dtype);
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) {
+  return empty(like, shape.data(), shape.size());
+}
+
+inline Tensor empty_as(const Tensor& like) { return empty(like, like.sizes().data(), static_cast<size_t>(like.dim())); }
+
+// As `empty`, for gradients, results of a recorded forward pass, and tensors between kernels: none of them gets
+// resized, which torch would refuse. Large ones lie in memory that was used before (block_cache.h) and costs no page
+// faults.
+Tensor empty_recycled(const Tensor& like, std::initializer_list<int64_t> shape,
+                      std::optional<ScalarType> dtype = std::nullopt);
 
 // The dtype of Widened<T>.
 inline ScalarType widened(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }

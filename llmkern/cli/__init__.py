@@ -5,6 +5,7 @@ To add one, write llmkern/cli/<name>.py with a function <name> and add the modul
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 try:
     import typer
@@ -13,8 +14,10 @@ except ImportError as error:
         f"llmkern: the command line needs the package typer ({error}); run: pip install 'llmkern[text]'"
     ) from error
 
+import llmkern
 from llmkern.cli import bench, check, evaluate, generate, info, train
 from llmkern.cli.errors import CommandGroup
+from llmkern.cli.terminal import Command, replace_what_cannot_be_shown
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
@@ -28,17 +31,35 @@ COMMANDS: dict[str, Callable[..., None]] = {
 app = typer.Typer(
     name="llmkern",
     cls=CommandGroup,
-    help="Train recurrent language models on your own text, and let them write.",
     add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, cls=Command)(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"llmkern {llmkern.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Train recurrent language models on your own text, and let them write."""
 
 
 def main() -> None:
     """Runs the command with the arguments of the process."""
+    replace_what_cannot_be_shown()
     app(prog_name="llmkern")
 
 

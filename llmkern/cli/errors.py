@@ -6,10 +6,14 @@ wrong (an option, a path, a corrupt file); 130 interrupted.
 """
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
+
+from llmkern.cli.terminal import PlainFlags
+from llmkern.training.memory import bytes_asked_for, is_out_of_memory
 
 _WRONG_PATH = (
     FileNotFoundError,
@@ -23,8 +27,23 @@ _FAILED = (OSError, MemoryError, FloatingPointError, ImportError, RuntimeError)
 _INTERRUPTED = 130
 
 
-class CommandGroup(TyperGroup):
+# What to lower where a command runs out of memory outside the trainer, which says so itself.
+_TO_LOWER = {
+    "train": "--batch-size, --bptt, --hidden-size or --vocab-size",
+    "evaluate": "--batch-size",
+    "generate": "--num-return-sequences",
+}
+
+
+class CommandGroup(PlainFlags, TyperGroup):
     """The commands, with errors shown as one line."""
+
+    _running = ""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        found = super().resolve_command(ctx, args)
+        self._running = found[0] or ""
+        return found
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
@@ -35,13 +54,23 @@ class CommandGroup(TyperGroup):
         except _WRONG_INPUT as error:
             code = _fail(_message(error), 2)
         except _FAILED as error:
-            code = _fail(_message(error), 1)
+            code = _fail(self._failure(error), 1)
         except Exception as error:
             # The command-line parser's own errors; their class moved between versions of typer.
             if not hasattr(error, "format_message"):
                 raise
             code = _usage_error(error)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def _failure(self, error: Exception) -> str:
+        """The message, with what to lower where there was too little memory."""
+        message = _message(error)
+        if not is_out_of_memory(error) or (isinstance(error, MemoryError) and error.args):
+            return message  # the trainer's own says it all
+        count = bytes_asked_for(error)
+        asked = f", {count} more were asked for" if count else ""
+        lower = _TO_LOWER.get(self._running)
+        return f"out of memory{asked}{f'; lower {lower}' if lower else ''}: {message}"
 
 
 def _usage_error(error: Any) -> int:
@@ -62,5 +91,6 @@ def _message(error: BaseException) -> str:
 
 def _fail(message: str, code: int) -> int:
     """Prints the message, whatever it holds, as one line."""
-    print(f"llmkern: error: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # a terminal that has closed
+        print(f"llmkern: error: {' '.join(message.split())}", file=sys.stderr)
     return code

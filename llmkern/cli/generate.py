@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """llmkern generate: a model writes on from a prompt."""
 
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,8 +9,10 @@ from typing import Annotated
 import typer
 
 from llmkern.cli.corpus import checked_device
+from llmkern.cli.terminal import as_text
 from llmkern.models import GenerationConfig, LanguageModel, TextStreamer
 from llmkern.text import Tokenizer
+from llmkern.text.tokenizer import UNKNOWN
 
 
 def generate(
@@ -44,10 +47,21 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End after this text; may be given again.")
     ] = None,
+    unknown: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of unknown characters or words of the prompt; default: characters are refused, words "
+            "replaced by <unk>.",
+            metavar="|".join(UNKNOWN),
+        ),
+    ] = None,
     allow_unk: Annotated[
         bool, typer.Option("--allow-unk", help="Let the model write its unknown-word token.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same seed writes the same text; default: drawn and printed."),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, auto.")
     ] = "auto",
@@ -56,11 +70,15 @@ def generate(
 
     Example: llmkern generate run --prompt 今天天气非常好 --max-new-tokens 60 --temperature 0.8 --seed 1
     """
+    is_drawn = seed is None and temperature > 0
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    prompt, stop = as_text(prompt), [as_text(text) for text in stop or ()]
     model = LanguageModel.from_pretrained(run, checked_device(device))
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"expected a tokenizer.json in {run}, found none")
-    _warn_about_unknown_words(tokenizer, prompt)
+    if unknown is None:
+        _warn_about_unknown_words(tokenizer, prompt)
     never = [tokenizer.pad_id, None if allow_unk else tokenizer.unk_id]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -75,22 +93,27 @@ def generate(
         frequency_penalty=frequency_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
         num_return_sequences=num_return_sequences,
-        stop_strings=stop or (),
+        stop_strings=stop,
+        unknown=unknown,  # type: ignore[arg-type]
         suppress_tokens=[token for token in never if token is not None],
         seed=seed,
     )
     if num_return_sequences == 1:
         model.generate(prompt, config, streamer=TextStreamer(tokenizer))
         print()
-        return
-    for number, text in enumerate(model.generate(prompt, config), 1):
-        print(f"--- {number}\n{text}")
+    else:
+        for number, text in enumerate(model.generate(prompt, config), 1):
+            print(f"--- {number}\n{text}")
+    if is_drawn:
+        print(f"llmkern: seed {seed}", file=sys.stderr)
 
 
 def _warn_about_unknown_words(tokenizer: Tokenizer, prompt: str) -> None:
-    if tokenizer.kind in ("word", "jieba") and tokenizer.unk_id in tokenizer.encode(prompt):
-        unknown = [w for w in prompt.split() if tokenizer.unk_id in tokenizer.encode(w)]
+    if tokenizer.kind == "char" or tokenizer.unk_id is None:
+        return  # refused, with its position
+    unknown = [token for _, token in tokenizer.unknown_tokens(prompt)]
+    if unknown:
         print(
-            f"llmkern: the model does not know {', '.join(unknown) or 'a word of the prompt'} and reads <unk> instead",
+            f"llmkern: the model does not know {', '.join(unknown)} and reads <unk> instead",
             file=sys.stderr,
         )

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How to choose the next token, under the names of Hugging Face's GenerationConfig."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from llmkern.ops._checks import plain_number
+from llmkern.ops._sampling_arguments import SETTINGS, checked_setting
+from llmkern.text.tokenizer import UNKNOWN, Unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +28,20 @@ class GenerationConfig:
         frequency_penalty: taken from the logit once for each time the token was written.
         no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0 is off.
         num_return_sequences: texts for each prompt, >= 1.
-        bos_token_id: what an empty prompt starts with.
+        bos_token_id: what an empty prompt starts with; default: the tokenizer's start_id.
         eos_token_id: the token, or tokens, that end a text; None never ends early.
         pad_token_id: fills up shorter rows of a returned tensor; default: the tokenizer's, else -1.
         bad_words_ids: token sequences that must not occur.
         suppress_tokens: tokens that must not occur.
-        stop_strings: texts that end the generation once written; they stay in the text.
+        stop_strings: texts that end the generation once a token completes one; they stay in the text. They may begin
+            in the prompt.
+        unknown: what becomes of characters or words of a text prompt that the model does not know: "error" refuses
+            them, "drop" leaves them out, "replace" makes them <unk>. None replaces words and refuses characters.
         seed: one for all prompts, or one for each. Equal seeds give equal texts, whatever else is in the batch;
             sequence j of a prompt uses seed + j. None draws seeds from torch's generator.
 
     Raises:
+        TypeError: a setting of the sampler is no number; names it.
         ValueError: a value is out of range; names it.
     """
 
@@ -57,17 +64,19 @@ class GenerationConfig:
     bad_words_ids: Sequence[Sequence[int]] = ()
     suppress_tokens: Sequence[int] = ()
     stop_strings: str | Sequence[str] = ()
+    unknown: Unknown | None = None
     seed: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        for name in (*_INTEGERS, "bos_token_id", "eos_token_id", "pad_token_id", "seed"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise _error(name, f"an int >= {least}", value)
-        for name, (low, high, expected) in _RANGES.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise _error(name, expected, value)
+        for name in SETTINGS:
+            value = checked_setting("generate", name, getattr(self, name))
+            object.__setattr__(self, name, value)
         if self.min_new_tokens > self.max_new_tokens:
             raise _error(
                 "min_new_tokens",
@@ -76,6 +85,8 @@ class GenerationConfig:
             )
         if any(len(word) == 0 for word in self.bad_words_ids):
             raise _error("bad_words_ids", "sequences of at least one token", self.bad_words_ids)
+        if self.unknown not in (None, *UNKNOWN):
+            raise _error("unknown", f"one of {UNKNOWN} or None", self.unknown)
         if "" in self.stop_texts:
             raise _error("stop_strings", "texts that are not empty", self.stop_strings)
 
@@ -118,20 +129,8 @@ class GenerationConfig:
 _INTEGERS = {
     "max_new_tokens": 1,
     "min_new_tokens": 0,
-    "top_k": 0,
     "no_repeat_ngram_size": 0,
     "num_return_sequences": 1,
-}
-_LARGEST = 1.7976931348623157e308
-_ABOVE_ZERO = math.ulp(0.0)
-_RANGES = {
-    "temperature": (0.0, _LARGEST, "a finite number >= 0"),
-    "top_p": (_ABOVE_ZERO, 1.0, "a number in (0, 1]"),
-    "min_p": (0.0, 1.0, "a number in [0, 1]"),
-    "typical_p": (_ABOVE_ZERO, 1.0, "a number in (0, 1]"),
-    "repetition_penalty": (_ABOVE_ZERO, _LARGEST, "a finite number > 0"),
-    "presence_penalty": (-_LARGEST, _LARGEST, "a finite number"),
-    "frequency_penalty": (-_LARGEST, _LARGEST, "a finite number"),
 }
 
 

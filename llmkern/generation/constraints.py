@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 
 from llmkern.generation.config import GenerationConfig
-from llmkern.text import Tokenizer
-
-# A character takes at most four byte-level tokens, so a stop text ends within the last 4 * its length tokens.
-_TOKENS_PER_CHARACTER = 4
+from llmkern.text import StreamDecoder, Tokenizer
 
 
 class Constraints:
@@ -27,7 +24,7 @@ class Constraints:
         self._never = [*config.suppress_tokens, *single]
         self._words = [list(word) for word in config.bad_words_ids if len(word) > 1]
         self._looks_back = bool(self._words) or config.no_repeat_ngram_size > 0
-        self._stop_window = _TOKENS_PER_CHARACTER * max(map(len, config.stop_texts), default=0)
+        self._longest_stop = max(map(len, config.stop_texts), default=0)
 
     def mask_(self, logits: Tensor, rows: Sequence[tuple[list[int], list[int]]]) -> None:
         """Sets what is forbidden to -inf, in place.
@@ -44,15 +41,27 @@ class Constraints:
             if banned:
                 logits[row, banned] = -torch.inf
 
-    def finish_reason(self, output: list[int]) -> str | None:
+    def finish_reason(self, prompt: list[int], output: list[int]) -> str | None:
         """ "eos", "stop" or "length" if the text is at its end, else None."""
         if output[-1] in self._config.end_tokens:
             return "eos"
-        if self._tokenizer is not None and self._config.stop_texts:
-            text = self._tokenizer.decode(output[-self._stop_window :])
-            if any(stop in text for stop in self._config.stop_texts):
-                return "stop"
+        if self._config.stop_texts and self._completes_a_stop_text(prompt + output):
+            return "stop"
         return "length" if len(output) >= self._config.max_new_tokens else None
+
+    def _completes_a_stop_text(self, tokens: list[int]) -> bool:
+        """Whether a stop text ends within the last token. As with transformers' criteria it may begin in the prompt."""
+        count = 4 * self._longest_stop  # byte-level tokens a character, at most
+        while True:
+            decoder = StreamDecoder(self._tokenizer)  # type: ignore[arg-type]
+            before = decoder.put(tokens[-count - 1 : -1])
+            if len(before) >= self._longest_stop or count >= len(tokens):
+                break
+            count *= 2  # there are tokens without text
+        text = before + decoder.put(tokens[-1:])
+        return any(
+            stop in text[max(0, len(before) - len(stop) + 1) :] for stop in self._config.stop_texts
+        )
 
     def _completing(self, tokens: list[int]) -> list[int]:
         """The tokens that would complete a forbidden sequence."""

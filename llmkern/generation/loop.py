@@ -18,6 +18,7 @@ from llmkern.generation.config import GenerationConfig
 from llmkern.generation.constraints import Constraints
 from llmkern.generation.streaming import Streamer
 from llmkern.text import Tokenizer
+from llmkern.text.tokenizer import Unknown
 
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -92,7 +93,7 @@ class GenerationMixin:
         """
         config = replace(generation_config or GenerationConfig(), **settings)
         config.check_vocabulary(self.vocab_size)
-        is_text, prompts = _read_inputs(inputs, self.tokenizer)
+        is_text, prompts = _read_inputs(inputs, self.tokenizer, config)
         prompts = [_checked_prompt(p, i, config, self) for i, p in enumerate(prompts)]
         seeds = _seeds(config, len(prompts))
         copies = config.num_return_sequences
@@ -119,7 +120,9 @@ class GenerationMixin:
         return output.texts[0] if isinstance(inputs, str) and len(rows) == 1 else output.texts
 
 
-def _read_inputs(inputs: Inputs, tokenizer: Tokenizer | None) -> tuple[bool, list[list[int]]]:
+def _read_inputs(
+    inputs: Inputs, tokenizer: Tokenizer | None, config: GenerationConfig
+) -> tuple[bool, list[list[int]]]:
     """Whether the prompts are texts, and their ids."""
     if isinstance(inputs, Tensor):
         if inputs.dim() not in (1, 2) or inputs.is_floating_point():
@@ -136,30 +139,33 @@ def _read_inputs(inputs: Inputs, tokenizer: Tokenizer | None) -> tuple[bool, lis
             raise ValueError(
                 "llmkern.generate: expected ids, got a text: the model has no tokenizer; set model.tokenizer"
             )
-        return True, [_encode(tokenizer, text) for text in items]
+        return True, [_encode(tokenizer, text, config.unknown) for text in items]
     if isinstance(items[0], int):
         items = [items]
     return False, [[int(token) for token in prompt] for prompt in items]
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids = list(tokenizer.encode(text))
-    if tokenizer.kind == "char" and tokenizer.unk_id in ids:
-        for position, character in enumerate(text):
-            if tokenizer.unk_id in tokenizer.encode(character):
-                raise ValueError(
-                    f"llmkern.generate: the prompt's character {character!r} at position {position} is not among the "
-                    f"{tokenizer.vocab_size} the model was trained on"
-                )
-    return ids
+def _encode(tokenizer: Tokenizer, text: str, unknown: Unknown | None) -> list[int]:
+    is_word = tokenizer.kind != "char"
+    refuses = unknown == "error" or (
+        unknown != "drop" and (tokenizer.unk_id is None or (unknown is None and not is_word))
+    )
+    found = next(tokenizer.unknown_tokens(text), None) if refuses else None
+    if found:
+        position, token = found
+        name, code = ("words", "") if is_word else ("characters", f" (U+{ord(token):04X})")
+        raise ValueError(
+            f"llmkern.generate: expected a prompt of {name} that the model knows, got {token!r}{code} at position "
+            f"{position}, not among the {tokenizer.vocab_size} it was trained on; unknown='drop' leaves it out"
+        )
+    return tokenizer.encode(text, unknown)
 
 
 def _checked_prompt(prompt: list[int], row: int, config: GenerationConfig, model: Any) -> list[int]:
     if not prompt:
         start = config.bos_token_id
         if start is None and model.tokenizer is not None:
-            start = model.tokenizer.id("\n")
-            start = model.tokenizer.eos_id if start is None else start
+            start = model.tokenizer.start_id
         if start is None:
             raise ValueError(
                 f"llmkern.generate: expected a prompt of at least one token, got none in row {row}; "
@@ -184,7 +190,7 @@ def _seeds(config: GenerationConfig, prompts: int) -> list[int]:
         raise ValueError(
             f"llmkern.generate: expected one seed or {prompts}, one for each prompt, got {len(config.seed)}"
         )
-    return list(config.seed)
+    return [int(seed) for seed in config.seed]
 
 
 def _write(
@@ -202,7 +208,7 @@ def _write(
         tokens = _choose(logits, active, config)
         for row, token in zip(active, tokens.tolist(), strict=True):
             row.output.append(token)
-            row.finish_reason = constraints.finish_reason(row.output)
+            row.finish_reason = constraints.finish_reason(row.prompt, row.output)
         if streamer is not None:
             streamer.put(tokens.cpu())
         going_on = [i for i, row in enumerate(active) if row.finish_reason is None]

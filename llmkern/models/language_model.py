@@ -6,6 +6,7 @@ the embedding's output, between the layers and on the last layer's output, never
 head to the embedding is Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017).
 """
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ class LanguageModel(GenerationMixin, PretrainedMixin, nn.Module):
             "hidden_size": hidden_size,
             "num_layers": num_layers,
         }
-        _check_arguments(sizes, dropout, tie_weights, init_range)
+        flags = {"tie_weights": tie_weights, "bias": bias}
+        _check_arguments(sizes, flags, dropout, init_range)
         self._config = {
             **sizes,
             "dropout": dropout,
@@ -165,20 +167,23 @@ class LanguageModel(GenerationMixin, PretrainedMixin, nn.Module):
 
 
 def _check_arguments(
-    sizes: dict[str, int], dropout: float, tie_weights: bool, init_range: float | None
+    sizes: dict[str, int], flags: dict[str, bool], dropout: float, init_range: float | None
 ) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(
                 f"llmkern.LanguageModel: expected {name} to be an int >= 1, got {size!r}"
             )
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"llmkern.LanguageModel: expected {name} to be a bool, got {flag!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"llmkern.LanguageModel: expected dropout in [0, 1), got {dropout}")
-    if init_range is not None and not init_range > 0:
+    if init_range is not None and not 0 < init_range < math.inf:
         raise ValueError(
-            f"llmkern.LanguageModel: expected init_range > 0 or None, got {init_range}"
+            f"llmkern.LanguageModel: expected a finite init_range > 0 or None, got {init_range}"
         )
-    if tie_weights and sizes["embedding_dim"] != sizes["hidden_size"]:
+    if flags["tie_weights"] and sizes["embedding_dim"] != sizes["hidden_size"]:
         raise ValueError(
             "llmkern.LanguageModel: expected embedding_dim == hidden_size for tie_weights=True, "
             f"got {sizes['embedding_dim']} and {sizes['hidden_size']}"

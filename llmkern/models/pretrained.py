@@ -4,10 +4,14 @@
 The three files belong together. model.safetensors therefore carries, in its metadata, the configuration it was made
 with, a checksum of its tensors and the hash of its tokenizer. A save that was cut off between two renames, or a file
 copied from elsewhere, is then an error with a name instead of a model that writes nonsense.
+
+A folder may come from a stranger: sizes are compared with the shapes in the header of model.safetensors before any of
+them is allocated, and whatever is wrong with a file is one ValueError that names it.
 """
 
 import hashlib
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,16 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from llmkern._files import write_files
+from llmkern._files import check_readable, read_file, write_files
 from llmkern._optional import require
+from llmkern.models.building import build, shortened
 from llmkern.text import Tokenizer
 
 FORMAT_VERSION = 1
+_LOAD = "llmkern.from_pretrained"
+_CHECKSUM = "llmkern_checksum"
+_MAX_CONFIG_BYTES, _MAX_TOKENIZER_BYTES = 1 << 20, 1 << 28
+_UNREADABLE = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, OverflowError)
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "tokenizer.json"
 
 
@@ -74,22 +83,22 @@ class PretrainedMixin:
 
         Raises:
             FileNotFoundError: the folder or a file in it is missing.
-            ValueError: a file is corrupt, of another format or model class, or the files do not belong together.
+            OSError: a file cannot be read.
+            ValueError: a file is corrupt, of another format or model class, or the files do not belong together;
+                names the file. Nothing is allocated before the sizes in config.json fit the weights.
         """
         folder = Path(folder)
-        config = _read_config(folder / CONFIG_NAME, cls.__name__)
-        tensors, metadata = _read_weights(folder / WEIGHTS_NAME)
+        config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+        config = _read_config(config_path, cls.__name__)
+        tensors, metadata = _read_weights(weights_path)
         _check_same_save(folder, config, metadata)
-        try:
-            with torch.random.fork_rng(
-                devices=[]
-            ):  # the values are replaced: spare the caller's stream
-                model = cls(**config)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"llmkern.from_pretrained: {folder / CONFIG_NAME} does not describe a {cls.__name__}: {error}"
-            ) from error
-        _load_tensors(model, tensors, folder / WEIGHTS_NAME)  # type: ignore[arg-type]
+        model = build(
+            cls,  # type: ignore[type-var]
+            config,
+            tensors,
+            described_by=f"{_LOAD}: {config_path}",
+            stored_in=f"{_LOAD}: {weights_path}",
+        )
         if (folder / TOKENIZER_NAME).is_file():
             model.tokenizer = Tokenizer.load(folder)
             _check_vocabulary(model.tokenizer, config["vocab_size"], str(folder / TOKENIZER_NAME))
@@ -110,11 +119,12 @@ def _safetensors() -> Any:
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
-    """crc32 over names, shapes and values: safetensors notices a cut file, not a changed byte."""
+    """crc32 over names, dtypes, shapes and values: safetensors notices a cut file, not a changed byte."""
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(f"{name}{list(tensors[name].shape)}".encode(), crc)
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+        tensor = tensors[name]
+        crc = zlib.crc32(f"{name}{tensor.dtype}{list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 
@@ -125,50 +135,56 @@ def _weights_bytes(model: nn.Module, metadata: dict[str, str]) -> bytes:
         if tensor.data_ptr() not in seen or tensor.numel() == 0:  # a tied weight is stored once
             tensors[name] = tensor.detach().cpu().contiguous()
             seen.add(tensor.data_ptr())
-    metadata = metadata | {"llmkern_crc32": _checksum(tensors)}
-    return _safetensors().torch.save(tensors, metadata)  # type: ignore[no-any-return]
+    metadata = metadata | {_CHECKSUM: _checksum(tensors)}
+    return _in_one_order(_safetensors().torch.save(tensors, metadata))
+
+
+def _in_one_order(data: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors writes it in another order each time.
+
+    The format is the header's length in 8 bytes, little-endian, the header in JSON, padded with spaces so that the
+    values after it are aligned, and the values.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(data)[end:]])
 
 
 def _read_config(path: Path, model_class: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"llmkern.from_pretrained: expected a model folder with {path.name}, found no file {path}"
-        )
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_file(path, _LOAD, _MAX_CONFIG_BYTES))
         version, found_class = config.pop("format_version"), config.pop("model_class")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"llmkern.from_pretrained: {path} is not a model's configuration or is corrupt: {error!r}"
+            f"{_LOAD}: {path} is not a model's configuration or is corrupt: {shortened(error)}"
         ) from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"llmkern.from_pretrained: expected {path} of format_version {FORMAT_VERSION}, got {version!r}; "
+            f"{_LOAD}: expected {path} of format_version {FORMAT_VERSION}, got {shortened(version)}; "
             "it was written by another version of llmkern"
         )
     if found_class != model_class:
         raise ValueError(
-            f"llmkern.from_pretrained: expected {path} of model_class {model_class}, got {found_class!r}"
+            f"{_LOAD}: expected {path} of model_class {model_class}, got {shortened(found_class)}"
         )
     return config  # type: ignore[no-any-return]
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"llmkern.from_pretrained: found no file {path}")
+    check_readable(path, _LOAD)  # safetensors calls an unreadable file a missing one
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
+    except (safetensors.SafetensorError, *_UNREADABLE) as error:
+        raise ValueError(f"{_LOAD}: {path} is corrupt or cut off: {shortened(error)}") from error
+    if _CHECKSUM in metadata and _checksum(tensors) != metadata[_CHECKSUM]:
         raise ValueError(
-            f"llmkern.from_pretrained: {path} is corrupt or cut off: {error}"
-        ) from error
-    if _checksum(tensors) != metadata.get("llmkern_crc32", _checksum(tensors)):
-        raise ValueError(
-            f"llmkern.from_pretrained: {path} is corrupt: its values do not match its checksum "
-            f"{metadata['llmkern_crc32']}"
+            f"{_LOAD}: {path} is corrupt: its values do not match its checksum {shortened(metadata[_CHECKSUM])}"
         )
     return tensors, metadata
 
@@ -176,40 +192,26 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _check_same_save(folder: Path, config: dict[str, Any], metadata: dict[str, str]) -> None:
     """Weights from other tools carry no metadata of ours, and are taken as they are."""
     saved = metadata.get("llmkern_config")
-    if saved is not None and json.loads(saved) != config:
+    if saved is not None and _parsed(saved) != config:
         raise ValueError(
-            f"llmkern.from_pretrained: {folder / CONFIG_NAME} and {folder / WEIGHTS_NAME} are not from the same "
-            f"save; the weights were made with {saved}"
+            f"{_LOAD}: {folder / CONFIG_NAME} and {folder / WEIGHTS_NAME} are not from the same save; "
+            f"the weights were made with {shortened(saved)}"
         )
     expected = metadata.get("llmkern_tokenizer")
     path = folder / TOKENIZER_NAME
     if expected is None:
         return
-    if not path.is_file():
-        raise FileNotFoundError(f"llmkern.from_pretrained: found no file {path}")
-    got = hashlib.sha256(path.read_bytes()).hexdigest()
+    got = hashlib.sha256(read_file(path, _LOAD, _MAX_TOKENIZER_BYTES)).hexdigest()
     if got != expected:
         raise ValueError(
-            f"llmkern.from_pretrained: {path} is not the tokenizer the model was saved with "
+            f"{_LOAD}: {path} is not the tokenizer the model was saved with "
             f"(sha256 {got[:12]}, expected {expected[:12]})"
         )
 
 
-def _load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    state = model.state_dict()
-    shared = {tensor.data_ptr() for name, tensor in state.items() if name in tensors}
-    missing = [n for n, t in state.items() if n not in tensors and t.data_ptr() not in shared]
-    unexpected = [name for name in tensors if name not in state]
-    if missing or unexpected:
-        raise ValueError(
-            f"llmkern.from_pretrained: {path} does not fit the model: missing {missing}, unexpected {unexpected}"
-        )
-    model.to({t.dtype for t in tensors.values() if t.is_floating_point()}.pop())
-    state = model.state_dict()
-    for name, tensor in tensors.items():
-        if tensor.shape != state[name].shape:
-            raise ValueError(
-                f"llmkern.from_pretrained: {path}: expected {name} of shape {list(state[name].shape)}, "
-                f"got {list(tensor.shape)}"
-            )
-        state[name].copy_(tensor)
+def _parsed(text: str) -> Any:
+    """The value of a JSON text; of one that is damaged, a value that equals nothing."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return math.nan

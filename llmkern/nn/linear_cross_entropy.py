@@ -18,12 +18,13 @@ class LinearCrossEntropyLoss(_Base):
         in_features: D. num_classes: V.
         out_features: must be (); losses over further dimensions are not provided.
         bias: whether the linear layer has a bias.
-        device, dtype: of the parameters: CPU, float32 or float64.
+        device, dtype: of the parameters: float32, float64, bfloat16 or float16.
         reduction, weight, ignore_index, label_smoothing: see :func:`llmkern.ops.linear_cross_entropy`.
         options: how torch should cut the logits into chunks. The kernel always does, and picks the size itself.
 
     Shapes:
-        input [..., D], target [...]; the loss is a scalar, or of target's shape for reduction "none".
+        input [..., D]; target int64 [...], or [..., V] for the probability of every class. The loss is a scalar, or for
+        reduction "none" [...].
         Parameters: ``linear.weight`` [V, D], ``linear.bias`` [V].
 
     Raises:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in for torch.nn.LSTM."""
 
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -9,7 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from llmkern import ops
-from llmkern.nn._packing import PackedWeights, checked_dtype, parameters_of, records_nothing
+from llmkern.nn._weights import (
+    Snapshot,
+    checked_dtype,
+    is_arithmetic_alone,
+    is_plain,
+    parameters_of,
+)
 from llmkern.ops import _seed
 from llmkern.ops._checks import ShapeError
 
@@ -108,7 +116,7 @@ class LSTM(nn.RNNBase):
                     empty = torch.empty(2, rows, device=device, dtype=dtype)
                     self.register_parameter(name + suffix, nn.Parameter(empty))
             self.reset_parameters()
-        self._packed = PackedWeights()
+        self._snapshot: Snapshot | None = None
 
     def reset_parameters(self) -> None:
         """As in torch: uniform in +-1/sqrt(H). Gains of layer norm are 1, its bias 0."""
@@ -120,18 +128,24 @@ class LSTM(nn.RNNBase):
                 nn.init.zeros_(parameter[1])
 
     def quantize_weights(self, dtype: torch.dtype | None) -> None:
-        """Reads float32 weights in 8 bits from now on, where no gradients are wanted (``torch.no_grad()``), on the CPU.
+        """Takes a snapshot with weights in 8 bits; it is read from now on where no gradients are wanted, on the CPU.
 
         Each row of a weight is rounded to multiples of its largest magnitude / 127. States, sums and the parameters
-        themselves stay as they are; gradients, other dtypes and autocast see the parameters.
+        themselves stay as they are; gradients, autocast, compiled and traced calls see the parameters. What is written
+        to the parameters afterwards does not reach the snapshot: quantise again.
 
         Args:
             dtype: torch.int8, or None to go back.
 
         Raises:
-            TypeError: another dtype.
+            TypeError: another dtype, or the weights are not float32.
         """
-        self._packed = PackedWeights(checked_dtype("LSTM", dtype))
+        dtype = checked_dtype("LSTM", dtype)
+        self._snapshot = None if dtype is None else Snapshot(self._layers(), dtype)
+
+    def _layers(self) -> list[dict[str, Tensor]]:
+        """What ops.lstm takes of every layer and direction."""
+        return [self._parameters_of(index) for index in range(len(self._all_weights))]
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take the parameters as they are."""
@@ -151,7 +165,7 @@ class LSTM(nn.RNNBase):
         reset: Tensor | None = None,
         return_cells: bool = False,
     ) -> Any:
-        if lengths is None and reset is None and not return_cells and records_nothing():
+        if lengths is None and reset is None and not return_cells and is_arithmetic_alone():
             results = self._forward_at_once(input, hx) if type(input) is Tensor else None
             if results is not None:
                 return results
@@ -186,13 +200,19 @@ class LSTM(nn.RNNBase):
 
         None where there is more to do, or something wrong: the way layer by layer says what.
         """
-        packed = self._packed.layers(self)
-        if packed is None:
+        training, dropout, weight_dropout, *others = _options(self.__dict__)
+        if any(others) or (training and (dropout or weight_dropout)):
             return None
+        parameters = parameters_of(self, [*chain.from_iterable(self._all_weights)])
+        if not is_plain(*parameters):
+            return None
+        packed: list[Tensor] = []
+        if self._snapshot is not None and self._snapshot.serves(parameters[1]):
+            parameters, packed = self._snapshot.flat
         try:
             h_0, c_0 = self._zeros(input) if hx is None else hx
-            output, h_n, c_n = _LAYERS(input, h_0, c_0, packed, self.bias, self.batch_first)
-        except Exception:
+            output, h_n, c_n = _LAYERS(input, h_0, c_0, parameters, packed, self.batch_first)
+        except (TypeError, ValueError, NotImplementedError):
             return None
         return output, (h_n, c_n)
 
@@ -298,7 +318,7 @@ class LSTM(nn.RNNBase):
                     x,
                     h_0[index],
                     c_0[index],
-                    **self._weights_of(index, x.shape[0] * x.shape[1]),
+                    **self._weights_of(index),
                     reverse=direction == 1,
                     lengths=lengths,
                     reset=_boundaries_backwards(reset) if direction == 1 else reset,
@@ -316,25 +336,26 @@ class LSTM(nn.RNNBase):
         h_n, c_n, *cells = zip(*states, strict=True)
         return x, _stacked(h_n), _stacked(c_n), list(cells[0]) if cells else []
 
-    def _weights_of(self, index: int, rows: int) -> dict[str, Tensor]:
-        """Arguments of ops.lstm for one layer and direction."""
+    def _weights_of(self, index: int) -> dict[str, Tensor]:
+        """Arguments of ops.lstm for one layer and direction, for this call."""
+        weights = self._parameters_of(index)
+        if self.weight_dropout > 0 and self.training:
+            weights["weight_hh"] = ops.dropout(weights["weight_hh"], self.weight_dropout)
+        elif self._snapshot is not None and self._snapshot.serves(weights["weight_hh"]):
+            return self._snapshot.layers[index]
+        return weights
+
+    def _parameters_of(self, index: int) -> dict[str, Tensor]:
         names = self._all_weights[index]
         suffix = names[0].removeprefix("weight_ih")
-        weights: dict[str, Tensor] = {
+        parameters: dict[str, Tensor] = {
             name.removesuffix(suffix): parameter
             for name, parameter in zip(names, parameters_of(self, names), strict=True)
         }
         if self.layer_norm:
             for name in ("norm_gates", "norm_cell"):
-                weights[name] = getattr(self, name + suffix)
-        weight_ih, weight_hh = weights["weight_ih"], weights["weight_hh"]
-        if self.weight_dropout > 0 and self.training:
-            weights["weight_hh"] = ops.dropout(weight_hh, self.weight_dropout)
-        else:
-            packed = self._packed.get(index, rows, weight_ih, weight_hh)
-            if packed is not None:
-                weights["packed"] = packed
-        return weights
+                parameters[name] = getattr(self, name + suffix)
+        return parameters
 
     def _drop(self, x: Tensor) -> Tensor:
         if self.dropout == 0 or not self.training:
@@ -344,6 +365,19 @@ class LSTM(nn.RNNBase):
             if self.locked_dropout
             else F.dropout(x, self.dropout)
         )
+
+
+# What decides whether torch.ops.llmkern.lstm_layers will do; the last ones it lacks altogether.
+_options = itemgetter(
+    "training",
+    "dropout",
+    "weight_dropout",
+    "bidirectional",
+    "proj_size",
+    "layer_norm",
+    "zoneout_h",
+    "zoneout_c",
+)
 
 
 def _stacked(states: tuple[Tensor, ...]) -> Tensor:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in for torch.nn.LSTMCell."""
 
-import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from llmkern import ops
-from llmkern.nn._packing import PackedWeights, checked_dtype, parameters_of
+from llmkern.nn._weights import Snapshot, checked_dtype, is_plain, parameters_of
 from llmkern.ops.lstm.loop import LstmLoop, can_defer
 
 State = tuple[Tensor, Tensor]
@@ -31,12 +30,18 @@ class LSTMCell(nn.LSTMCell):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._packed = PackedWeights()
+        self._snapshot: Snapshot | None = None
         self._loops = _Loops()
 
     def quantize_weights(self, dtype: torch.dtype | None) -> None:
         """As :meth:`LSTM.quantize_weights`."""
-        self._packed = PackedWeights(checked_dtype("LSTMCell", dtype))
+        dtype = checked_dtype("LSTMCell", dtype)
+        self._snapshot = None if dtype is None else Snapshot(self._layers(), dtype)
+
+    def _layers(self) -> list[dict[str, Tensor]]:
+        """What ops.lstm_cell takes, as of the single layer of an LSTM."""
+        named = zip(_NAMES, parameters_of(self, _NAMES), strict=True)
+        return [{name: t for name, t in named if t is not None}]
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         if not isinstance(input, Tensor):
@@ -55,14 +60,14 @@ class LSTMCell(nn.LSTMCell):
         if hx is None:
             zeros = x.new_zeros(x.shape[0], self.hidden_size)
             hx = zeros, zeros
-        weights = weight_ih, weight_hh, bias_ih, bias_hh = parameters_of(self, _NAMES)
-        # One row, however many there are: the next step needs the same copy.
-        packed = self._packed.get(0, 1, weight_ih, weight_hh)
-        if packed is not None and torch.is_grad_enabled() and _is_plain(x, *hx):
-            loop = self._loops.get(weights, packed, self._packed)
+        weights = parameters_of(self, _NAMES)
+        if torch.is_grad_enabled() and _is_untransformed(x, *hx):
+            loop = self._loops.get(weights)
             if loop is not None:
                 return loop.step(x, *hx)
-        return ops.lstm_cell(x, *hx, weight_ih, weight_hh, bias_ih, bias_hh, packed=packed)
+        if self._snapshot is not None and self._snapshot.serves(weights[1]):
+            return ops.lstm_cell(x, *hx, **self._snapshot.layers[0])
+        return ops.lstm_cell(x, *hx, *weights)
 
 
 class _Loops:
@@ -77,20 +82,26 @@ class _Loops:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Loops, ()
 
-    def get(self, weights: Sequence[Any], packed: Tensor, cache: PackedWeights) -> LstmLoop | None:
+    def get(self, weights: Sequence[Any]) -> LstmLoop | None:
         """The loop over these weights, the latest one or a new one; None where their gradients cannot be deferred."""
         loop = None if self._latest is None else self._latest()
-        if loop is not None and loop.is_of(weights, packed):
+        if loop is not None and loop.is_of(weights):
             return loop
         if not can_defer(weights):
             return None
-        pack_backward = functools.partial(cache.get, 0, 1, weights[0], weights[1], True)
-        loop = LstmLoop(weights, packed, pack_backward)
+        loop = LstmLoop(weights)
         self._latest = weakref.ref(loop)
         return loop
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    """Tensors of this machine's memory, outside of torch.func's transforms and of derivatives in forward mode."""
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return not transformed and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors)
+def _is_untransformed(*tensors: Any) -> bool:
+    """Whether these are plain tensors outside of the compiler, tracing, autocast, and transforms of torch.func."""
+    looked_at = (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+    return not looked_at and is_plain(*tensors)

@@ -4,7 +4,7 @@
 from torch import Generator, Tensor, nn
 
 from llmkern import ops
-from llmkern.ops._sampling_arguments import SETTINGS, Bias, Ids, check_setting
+from llmkern.ops._sampling_arguments import SETTINGS, Bias, Ids, checked_setting
 from llmkern.ops.sampling import SampleOutput
 
 
@@ -78,7 +78,7 @@ class Sampler(nn.Module):
         self.presence_penalty = presence_penalty
         self.frequency_penalty = frequency_penalty
         for name in SETTINGS:
-            check_setting(name, getattr(self, name))
+            setattr(self, name, checked_setting("sample", name, getattr(self, name)))
 
     def forward(
         self,

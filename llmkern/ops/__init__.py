@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functional operators, one file a family: validation, shapes for the compiler, gradients. The math is native."""
 
+from llmkern.ops import _flops as _flops  # registers formulas
 from llmkern.ops._deferred import raise_deferred_errors
 from llmkern.ops._memory import empty_cache
 from llmkern.ops.cross_entropy import linear_cross_entropy

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks shared by the operators: one form of message, ``llmkern.<op>: expected ..., got ...``."""
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,11 @@ def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+def plain_number(value: Any) -> Any:
+    """The Python number in a numpy scalar, or in an array or a tensor without dimensions; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"llmkern.{op}: expected {name} to be a Tensor, got {type(value).__name__}")
@@ -36,6 +43,15 @@ def float_dtypes(tensor: Tensor) -> Sequence[torch.dtype]:
 def widened(dtype: torch.dtype) -> torch.dtype:
     """What values of the dtype are summed in."""
     return dtype if dtype in FLOAT_DTYPES else torch.float32
+
+
+def size(tensor: Tensor, dim: int) -> int:
+    """tensor.shape[dim], for a check: torch.jit.trace takes it for a constant, and shall not warn of that."""
+    if not torch.jit.is_tracing():
+        return tensor.shape[dim]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return int(tensor.shape[dim])
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:

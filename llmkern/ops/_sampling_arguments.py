@@ -49,17 +49,17 @@ _RANGES = {
 
 
 SETTINGS = tuple(_RANGES)
+_NUMBERS = "a number or a Tensor [B]"
 
 
-def check_setting(name: str, value: object) -> None:
-    """Raises unless value is a number in the range of the setting ``name``."""
-    expected = _RANGES[name]
+def checked_setting(op: str, name: str, value: object, kind: str = "a number") -> float:
+    """The value as a plain number, in the range of the setting ``name``; ``kind`` says what else ``op`` takes."""
+    expected, value = _RANGES[name], _checks.plain_number(value)
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(
-            f"llmkern.sample: expected {name} to be a number or a Tensor [B], got {type(value).__name__}"
-        )
+        raise TypeError(f"llmkern.{op}: expected {name} to be {kind}, got {type(value).__name__}")
     if not expected.holds(float(value)):
-        raise ValueError(f"llmkern.sample: expected {name} {expected.text}, got {value}")
+        raise ValueError(f"llmkern.{op}: expected {name} {expected.text}, got {value}")
+    return value  # type: ignore[return-value]
 
 
 def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
@@ -76,20 +76,24 @@ def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
             _seed.check_row_tensor(_OP, "logits", name, value, B, device)
             columns.append(value.detach().to(torch.float64).expand(B))
         else:
-            check_setting(name, value)
-            columns.append(torch.full((B,), float(value), dtype=torch.float64, device=device))
+            number = float(checked_setting(_OP, name, value, _NUMBERS))
+            columns.append(torch.full((B,), number, dtype=torch.float64, device=device))
     return torch.stack(columns, dim=1)
 
 
 def _number_settings(values: tuple[float, ...], device: torch.device) -> Tensor:
-    for name, value in zip(_RANGES, values, strict=True):
-        check_setting(name, value)
-    numbers = [float(value) for value in values]
+    pairs = zip(_RANGES, values, strict=True)
+    numbers = [float(checked_setting(_OP, name, v, _NUMBERS)) for name, v in pairs]
     return torch.tensor([numbers], dtype=torch.float64, device=device)
 
 
 # A decoding loop passes the same numbers at every step.
 _cached_number_settings = functools.lru_cache(maxsize=64)(_number_settings)
+
+
+def forget_settings() -> None:
+    """Frees the tensors of settings that were plain numbers."""
+    _cached_number_settings.cache_clear()
 
 
 class BiasTensors(NamedTuple):

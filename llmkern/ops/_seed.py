@@ -19,8 +19,9 @@ def drawn(generator: Generator | None, shape: Sequence[int], device: torch.devic
     return seeds.to(device, non_blocking=True)
 
 
-def check_int64(op: str, name: str, value: object, letters: str) -> None:
-    """``letters`` is the shape of a tensor that might be there instead."""
+def checked_int64(op: str, name: str, value: object, letters: str) -> int:
+    """The value as an int; ``letters`` is the shape of a tensor that might be there instead."""
+    value = _checks.plain_number(value)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(
             f"llmkern.{op}: expected {name} to be an int or an int64 Tensor [{letters}], "
@@ -28,6 +29,7 @@ def check_int64(op: str, name: str, value: object, letters: str) -> None:
         )
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"llmkern.{op}: expected {name} in [-2^63, 2^63), got {value}")
+    return value
 
 
 def one(
@@ -39,10 +41,10 @@ def one(
     if generator is not None:
         raise ValueError(f"llmkern.{op}: expected a seed or a generator, got both")
     if isinstance(seed, Tensor):
-        _checks.check_dtype(op, "seed", seed, [torch.int64])
+        _checks.check_dtype(op, "seed", seed, _checks.INDEX_DTYPES)
         _checks.check_shape(op, "seed", seed, "", [])
-        return seed.to(device, non_blocking=True)
-    check_int64(op, "seed", seed, "")
+        return seed.to(device, torch.int64, non_blocking=True)
+    seed = checked_int64(op, "seed", seed, "")
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
@@ -89,7 +91,7 @@ def seeds(
     if isinstance(seed, Tensor):
         rows = _int64_rows(op, first, "seed", seed, B, device)
         return rows if rows.dim() == 1 else rows.reshape(1)
-    check_int64(op, "seed", seed, "B")
+    seed = checked_int64(op, "seed", seed, "B")
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
@@ -107,7 +109,7 @@ def positions(
     if isinstance(position, Tensor):
         rows = _int64_rows(op, first, "position", position, B, device)
         return rows if rows.dim() == 1 else rows.reshape(1)
-    check_int64(op, "position", position, "B")
+    position = checked_int64(op, "position", position, "B")
     if B > 1 and not seed_per_row:
         raise ValueError(
             f"llmkern.{op}: expected seed to be a Tensor [B] beside an int position, got one seed for B = {B} rows, "

@@ -283,6 +283,7 @@ def multinomial(
         raise _checks.ShapeError(
             f"llmkern.{op}: expected input of shape [B, V] or [V], got {list(input.shape)}"
         )
+    num_samples = _checks.plain_number(num_samples)
     _check_num_samples(num_samples, input.shape[-1], replacement, from_logits)
     rows = input.detach() if input.dim() == 2 else input.detach().unsqueeze(0)
     seeds, positions = _draws(op, "input", seed, position, generator, rows.shape[0])

@@ -7,13 +7,10 @@ keep is a function of the seed and of an element's place (csrc/kernels/mask.h): 
 of threads, and again in the backward pass, which keeps nothing but the seed.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Generator, Tensor
 
-from llmkern.ops import _checks, _seed
+from llmkern.ops import _checks, _linear_derivatives, _seed
 
 _OP = "dropout"
 _OPERATOR = torch.ops.llmkern.dropout.default
@@ -63,7 +60,7 @@ def dropout(
     single = _seed.one(_OP, seed, generator, x.device)
     if p == 0:
         return x
-    return _operator()(x, single, p, x[0].numel() if locked and x.shape[0] > 0 else x.numel())
+    return _OPERATOR(x, single, p, x[0].numel() if locked and x.shape[0] > 0 else x.numel())
 
 
 @torch.library.register_fake("llmkern::dropout")
@@ -76,12 +73,8 @@ def _mask_fake(seed: Tensor, purpose: int, rows: int, columns: int, p: float) ->
     return seed.new_empty((rows, columns), dtype=torch.bool)
 
 
-def _operator() -> Callable[..., Tensor]:
-    return _Dropout.apply if torch._C._are_functorch_transforms_active() else _OPERATOR
-
-
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, seed, ctx.p, ctx.period = inputs
+    _, seed, *ctx.options = inputs
     ctx.save_for_backward(seed)
     ctx.save_for_forward(seed)
 
@@ -89,39 +82,21 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     """The operator is linear, and its matrix diagonal."""
     (seed,) = ctx.saved_tensors
-    return _operator()(grad, seed, ctx.p, ctx.period), None, None, None
+    return (_OPERATOR(grad, seed, *ctx.options),)
 
 
-def _map(call: Callable[..., Tensor], in_dims: Any, x: Tensor, seed: Tensor, *options: Any) -> Any:
+def _jvp(ctx, tangent: Tensor, *_):  # type: ignore[no-untyped-def]
+    (seed,) = ctx.saved_tensors
+    return _OPERATOR(tangent, seed, *ctx.options)
+
+
+def _vmap(info, in_dims, x: Tensor, seed: Tensor, *options):  # type: ignore[no-untyped-def]
     """One seed drops the same elements of every x, like ``randomness="same"``; seeds of a batch each their own."""
-    x_dim, seed_dim, *_ = in_dims
-    if seed_dim is None:
-        return call(x.movedim(x_dim, 0), seed, *options), 0
-    seeds = seed.unbind(0)
-    xs = [x] * len(seeds) if x_dim is None else x.unbind(x_dim)
-    return torch.stack([call(x, s, *options) for x, s in zip(xs, seeds, strict=True)]), 0
+    if in_dims[1] is None:
+        return _OPERATOR(x.movedim(in_dims[0], 0), seed, *options), 0
+    return _linear_derivatives.one_by_one(_OPERATOR, info, in_dims, x, seed, *options)
 
 
-class _Dropout(torch.autograd.Function):
-    """llmkern::dropout under the transforms of torch.func, which no gradient registered with torch.library serves."""
-
-    setup_context = staticmethod(_save_for_backward)
-    backward = staticmethod(_backward)
-
-    @staticmethod
-    def forward(x: Tensor, seed: Tensor, p: float, period: int) -> Tensor:
-        return _OPERATOR(x, seed, p, period)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _map(_Dropout.apply, in_dims, *args)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _backward(ctx, tangent)[0]
-
-
-torch.library.register_autograd("llmkern::dropout", _backward, setup_context=_save_for_backward)
-torch.library.register_vmap(
-    "llmkern::dropout", lambda info, in_dims, *args: _map(_OPERATOR, in_dims, *args)
+_linear_derivatives.register(
+    _OPERATOR, setup_context=_save_for_backward, backward=_backward, jvp=_jvp, vmap=_vmap
 )

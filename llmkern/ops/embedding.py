@@ -9,9 +9,11 @@ The gradient is dense and summed in the order of the ids, column by column: the 
 import torch
 from torch import Tensor
 
-from llmkern.ops import _checks
+from llmkern.ops import _checks, _linear_derivatives
 
 _OP = "embedding"
+_GATHER = torch.ops.llmkern.embedding.default
+_SCATTER = torch.ops.llmkern.embedding_backward.default
 
 
 def embedding(
@@ -23,9 +25,12 @@ def embedding(
 ) -> Tensor:
     """Looks up rows of an embedding table.
 
+    Differentiable any number of times, in forward mode and under torch.func too. Gradients of 16-bit types are summed
+    in float32 and rounded once.
+
     Args:
         ids: any shape, int64 or int32, each in [0, V).
-        weight: the table, [V, D], float32 or float64, on CUDA also bfloat16 or float16 (contiguous is fastest).
+        weight: the table, [V, D], float32, float64, bfloat16 or float16 (contiguous is fastest).
         padding_idx: a row that gets no gradient; negative counts from the end.
         scale_grad_by_freq: divide each row's gradient by the number of times its id occurs in ``ids``.
 
@@ -43,7 +48,7 @@ def embedding(
         [[3.0, 4.0], [3.0, 4.0], [1.0, 2.0]]
     """
     padding_row = _validate(ids, weight, padding_idx)
-    return torch.ops.llmkern.embedding.default(ids, weight, padding_row, scale_grad_by_freq)
+    return _GATHER(ids, weight, padding_row, scale_grad_by_freq)
 
 
 def _validate(ids: Tensor, weight: Tensor, padding_idx: int | None) -> int:
@@ -51,12 +56,12 @@ def _validate(ids: Tensor, weight: Tensor, padding_idx: int | None) -> int:
     _checks.check_tensor(_OP, "ids", ids)
     _checks.check_tensor(_OP, "weight", weight)
     _checks.check_dtype(_OP, "ids", ids, _checks.INDEX_DTYPES)
-    _checks.check_dtype(_OP, "weight", weight, _checks.float_dtypes(weight))
+    _checks.check_dtype(_OP, "weight", weight, _checks.ANY_FLOAT_DTYPES)
     _checks.check_dim(_OP, "weight", weight, "V, D")
     _checks.check_same_device(_OP, {"ids": ids, "weight": weight})
     if padding_idx is None:
         return -1
-    V = weight.shape[0]
+    V = _checks.size(weight, 0)
     if not -V <= padding_idx < V:
         raise ValueError(
             f"llmkern.embedding: expected padding_idx in [{-V}, {V}), got {padding_idx}"
@@ -77,40 +82,82 @@ def _embedding_backward_fake(
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ids, weight, ctx.padding_idx, ctx.scale_by_freq = inputs
+    ids, weight, *ctx.options = inputs
     ctx.num_embeddings = weight.shape[0]
     ctx.save_for_backward(ids)
+    ctx.save_for_forward(ids)
 
 
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    if not ctx.needs_input_grad[1]:
-        return None, None, None, None
     (ids,) = ctx.saved_tensors
-    grad_weight = torch.ops.llmkern.embedding_backward.default(
-        grad, ids, ctx.num_embeddings, ctx.padding_idx, ctx.scale_by_freq
-    )
-    return None, grad_weight, None, None
+    return None, _SCATTER(grad, ids, ctx.num_embeddings, *ctx.options)
+
+
+def _jvp(ctx, _, tangent: Tensor, *__):  # type: ignore[no-untyped-def]
+    """The gather is linear in the table."""
+    (ids,) = ctx.saved_tensors
+    return _GATHER(ids, tangent, *ctx.options)
+
+
+def _vmap(info, in_dims, ids: Tensor, weight: Tensor, *options):  # type: ignore[no-untyped-def]
+    if in_dims[1] is None:
+        return _GATHER(ids, weight, *options), in_dims[0]
+    return _linear_derivatives.one_by_one(_GATHER, info, in_dims, ids, weight, *options)
 
 
 def _save_for_double_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, ids, _, ctx.padding_idx, ctx.scale_by_freq = inputs
+    _, ids, *ctx.options = inputs
     ctx.save_for_backward(ids)
+    ctx.save_for_forward(ids)
 
 
 def _double_backward(ctx, grad_grad_weight: Tensor):  # type: ignore[no-untyped-def]
     """The backward is linear in its gradient, so its own gradient is a masked, scaled gather."""
     (ids,) = ctx.saved_tensors
-    rows = grad_grad_weight
-    if ctx.scale_by_freq:
-        counts = torch.bincount(ids.reshape(-1), minlength=rows.shape[0])
-        rows = rows / counts.clamp(min=1).to(rows.dtype)[:, None]
-    if ctx.padding_idx >= 0:
-        rows = rows.index_fill(0, torch.tensor([ctx.padding_idx], device=rows.device), 0)
-    grad = torch.ops.llmkern.embedding.default(ids, rows, -1, False)
-    return grad, None, None, None, None
+    num_embeddings, padding_idx, scale_by_freq = ctx.options
+    rows = _GATHER(ids, grad_grad_weight, -1, False)
+    if scale_by_freq:
+        flat = ids.reshape(-1).long()
+        ones = torch.ones_like(flat, dtype=_checks.widened(rows.dtype))
+        counts = ones.new_zeros(num_embeddings).index_add(0, flat, ones)
+        rows = (rows / counts[ids].unsqueeze(-1)).to(rows.dtype)
+    if padding_idx >= 0:
+        rows = rows.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
+    return (rows,)
 
 
-torch.library.register_autograd("llmkern::embedding", _backward, setup_context=_save_for_backward)
-torch.library.register_autograd(
-    "llmkern::embedding_backward", _double_backward, setup_context=_save_for_double_backward
+def _backward_jvp(ctx, tangent: Tensor, *_):  # type: ignore[no-untyped-def]
+    (ids,) = ctx.saved_tensors
+    return _SCATTER(tangent, ids, *ctx.options)
+
+
+def _backward_vmap(  # type: ignore[no-untyped-def]
+    info, in_dims, grad: Tensor, ids: Tensor, num_embeddings: int, padding_idx: int, *scale_by_freq
+):
+    """One call for all n samples: those of the same ids lie side by side, [V, n, D], others in one table, [n, V, D]."""
+    n, (grad_dim, ids_dim, *_) = info.batch_size, in_dims
+    if ids_dim is None:
+        columns = grad.movedim(grad_dim, -2).flatten(-2)
+        sums = _SCATTER(columns, ids, num_embeddings, padding_idx, *scale_by_freq)
+        return sums.unflatten(1, (n, columns.shape[-1] // n)), 1
+    ids = ids.movedim(ids_dim, 0)
+    grad = grad.expand(n, *grad.shape) if grad_dim is None else grad.movedim(grad_dim, 0)
+    if padding_idx >= 0:
+        grad = grad.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
+    first = torch.arange(n, device=ids.device).mul(num_embeddings).view(-1, *[1] * (ids.dim() - 1))
+    # An id out of range must not end in the table of another sample.
+    rows = torch.where((ids >= 0) & (ids < num_embeddings), ids + first, -1)
+    sums = _SCATTER(grad, rows, n * num_embeddings, -1, *scale_by_freq)
+    return sums.unflatten(0, (n, num_embeddings)), 0
+
+
+_linear_derivatives.register(
+    _GATHER, setup_context=_save_for_backward, backward=_backward, jvp=_jvp, vmap=_vmap
+)
+_linear_derivatives.register(
+    _SCATTER,
+    setup_context=_save_for_double_backward,
+    backward=_double_backward,
+    jvp=_backward_jvp,
+    vmap=_backward_vmap,
 )

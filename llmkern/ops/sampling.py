@@ -122,6 +122,7 @@ def sample(
         presence_penalty,
         frequency_penalty,
     )
+    num_logprobs = _checks.plain_number(num_logprobs)
     if not 0 <= num_logprobs <= V:
         raise ValueError(
             f"llmkern.sample: expected num_logprobs in [0, V = {V}], got {num_logprobs}"

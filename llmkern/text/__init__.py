@@ -7,9 +7,11 @@ first used.
 """
 
 from llmkern.text.datasets import (
+    CorpusFiles,
     Splits,
     bptt_windows,
     contiguous_lanes,
+    corpus_files,
     language_modeling_splits,
 )
 from llmkern.text.files import read_lines, read_text
@@ -19,11 +21,13 @@ from llmkern.text.streaming import StreamDecoder
 from llmkern.text.tokenizer import Tokenizer
 
 __all__ = [
+    "CorpusFiles",
     "Splits",
     "StreamDecoder",
     "Tokenizer",
     "bptt_windows",
     "contiguous_lanes",
+    "corpus_files",
     "language_modeling_splits",
     "normalize",
     "read_lines",

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of what a tokenizer is given: the library behind it must never see what it cannot take."""
 
+import re
 from collections.abc import Iterable
 
 from llmkern.text.backends import BYTES, DEFAULT_SPECIAL_TOKENS, KINDS, SPECIAL_TOKENS, UNK, Kind
 from llmkern.text.normalization import check_form
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_text(where: str, text: str) -> str:
@@ -13,13 +16,12 @@ def check_text(where: str, text: str) -> str:
         raise TypeError(
             f"llmkern.text.Tokenizer.{where}: expected text as a str, got {type(text).__name__}"
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    surrogate = _SURROGATE.search(text)
+    if surrogate:
         raise ValueError(
             f"llmkern.text.Tokenizer.{where}: expected Unicode text, got the lone surrogate "
-            f"U+{ord(text[error.start]):04X} at position {error.start}"
-        ) from error
+            f"U+{ord(surrogate[0]):04X} at position {surrogate.start()}"
+        )
     return text
 
 

@@ -6,13 +6,22 @@ tokenizer.json. A file is recognised by comparing these parts with the ones buil
 no field beyond the library's own, and every program that uses the library can read it.
 """
 
-import json
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, get_args
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
 
 from llmkern._optional import require
 from llmkern.text.normalization import NormalizationForm
-from llmkern.text.segmentation import chinese_words, pieces
+from llmkern.text.segmentation import (
+    ANYWHERE,
+    CHINESE_BOUNDARY,
+    STARTS_ANEW,
+    WORD_BOUNDARY,
+    chinese_words,
+    last_token_boundary,
+    pieces,
+)
 
 Kind = Literal["char", "word", "jieba", "bpe"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -27,6 +36,17 @@ DEFAULT_SPECIAL_TOKENS: dict[Kind, tuple[str, ...]] = {
 }
 BYTES = 256
 BPE_VOCAB_SIZE = 8192
+START = "<start>"  # the name of the beginning in tokenizer.json; no token
+
+# Learning merges takes time quadratic in the length of a pre-token: no run is longer than this. The pattern is GPT-2's
+# (Radford 2019) otherwise.
+_LONGEST_RUN = 64
+_RUN = f"{{1,{_LONGEST_RUN}}}"
+_BPE_PATTERN = (
+    r"'s|'t|'re|'ve|'m|'ll|'d"
+    rf"| ?\p{{L}}{_RUN}| ?\p{{N}}{_RUN}| ?[^\s\p{{L}}\p{{N}}]{_RUN}|\s{_RUN}(?!\S)|\s{_RUN}"
+)
+_PATIENCE = 0.1  # seconds between two looks at a thread
 
 
 def library() -> Any:
@@ -40,8 +60,17 @@ def build(
     *,
     lowercase: bool = False,
     normalization: NormalizationForm | None = None,
+    capped: bool = True,
 ) -> Any:
-    """An untrained ``tokenizers.Tokenizer`` of a kind."""
+    """An untrained ``tokenizers.Tokenizer`` of a kind.
+
+    Args:
+        kind: The kind.
+        special_tokens: Those it will have.
+        lowercase: Lower-case all text.
+        normalization: Unicode normalisation form of all text.
+        capped: Whether a bpe tokenizer cuts long runs; those of llmkern 0.1 did not.
+    """
     lib = library()
     backend = lib.Tokenizer(lib.models.BPE() if kind == "bpe" else lib.models.WordLevel({}))
     if kind == "char":
@@ -49,7 +78,7 @@ def build(
     elif kind == "word":
         backend.pre_tokenizer = lib.pre_tokenizers.WhitespaceSplit()
     elif kind == "bpe":
-        backend.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = _byte_level(lib, capped)
         backend.decoder = lib.decoders.ByteLevel()
     if kind in ("char", "jieba"):
         backend.decoder = lib.decoders.Fuse()
@@ -60,6 +89,14 @@ def build(
     if steps:
         backend.normalizer = lib.normalizers.Sequence(steps)
     return backend
+
+
+def _byte_level(lib: Any, capped: bool) -> Any:
+    if not capped:
+        return lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = lib.pre_tokenizers.Split(lib.Regex(_BPE_PATTERN), "isolated")
+    to_bytes = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return lib.pre_tokenizers.Sequence([split, to_bytes])
 
 
 def train_vocabulary(
@@ -96,8 +133,12 @@ def train_bpe(
     special_tokens: tuple[str, ...],
     vocab_size: int | None,
     min_frequency: int,
+    on_wait: Callable[[], object],
 ) -> None:
-    """Fill the vocabulary of a bpe backend: special tokens, the 256 bytes, merges in order."""
+    """Fill the vocabulary of a bpe backend: special tokens, the 256 bytes, merges in order.
+
+    Ctrl-C ends it, and ``on_wait`` is called several times a second, while merges are learned too.
+    """
     lib = library()
     trainer = lib.trainers.BpeTrainer(
         vocab_size=BPE_VOCAB_SIZE if vocab_size is None else vocab_size,
@@ -106,69 +147,125 @@ def train_bpe(
         initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    _train_in_thread(backend, texts, trainer, on_wait)
+
+
+def _train_in_thread(
+    backend: Any, texts: Iterable[str | list[str]], trainer: Any, on_wait: Callable[[], object]
+) -> None:
+    """Train where Ctrl-C ends it: the library hears nothing while it learns merges.
+
+    The caller's thread reads the texts, so that an error or an interruption in them is its own, and
+    then waits; when it leaves, the other thread reads no more, and goes with the process at latest.
+    """
+    feed: queue.Queue[str | list[str] | None] = queue.Queue(maxsize=64)
+    left, failure = threading.Event(), []
+
+    def work() -> None:
+        try:
+            _learn(backend, iter(_taking(feed, left), None), trainer)
+        except BaseException as error:  # handed to the caller's thread
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="llmkern-bpe", daemon=True)
+    thread.start()
+    try:
+        for text in texts:
+            while thread.is_alive() and not _put(feed, text):
+                pass
+        while thread.is_alive() and not _put(feed, None):
+            pass
+        while thread.is_alive():
+            thread.join(_PATIENCE)
+            on_wait()
+    finally:
+        left.set()
+    if failure:
+        raise failure[0]
+
+
+def _learn(backend: Any, texts: Iterator[str | list[str]], trainer: Any) -> None:
     backend.train_from_iterator(texts, trainer)
 
 
-def cut(normalizer: Any, kind: Kind, text: str) -> Iterator[str | list[str]]:
-    """What the library is given for a text: pieces of it, or for jieba lists of words.
-
-    It takes the backend's normalizer, not the backend, which is locked while it trains on these.
-    """
-    if kind != "jieba":
-        yield from pieces(text, characters=kind == "char")
-        return
-    for piece in pieces(normalized(normalizer, text), characters=False):
-        yield chinese_words(piece)
-
-
-def normalized(normalizer: Any, text: str) -> str:
-    """The text as the backend's normalizer, if it has one, leaves it."""
-    return normalizer.normalize_str(text) if normalizer else text
-
-
-def tokens_of(backend: Any, kind: Kind, text: str) -> Iterable[str]:
-    """The tokens of a text before the vocabulary is asked; not for bpe."""
-    normalizer = backend.normalizer
-    if kind == "char":
-        return normalized(normalizer, text)
-    if kind == "word":
-        splits = backend.pre_tokenizer.pre_tokenize_str(normalized(normalizer, text))
-        return [word for word, _ in splits]
-    return [word for words in cut(normalizer, kind, text) for word in words]
-
-
-def parse(content: bytes, expected: str) -> tuple[Any, Kind]:
-    """A backend and its kind from the content of tokenizer.json.
-
-    Args:
-        content: The file.
-        expected: How an error begins: what was expected to be a tokenizer.
-
-    Raises:
-        ValueError: The content is cut off, damaged, or of no kind.
-    """
+def _put(feed: queue.Queue[Any], item: Any) -> bool:
     try:
-        json.loads(content)
-    except ValueError as error:  # JSON or UTF-8
-        raise ValueError(f"{expected} JSON, got damaged or cut off content: {error}") from error
-    try:
-        backend = library().Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # the library raises no narrower class
-        raise ValueError(f"{expected} a tokenizer, got: {error}") from error
-    pipeline = json.loads(backend.to_str())
-    size = backend.get_vocab_size()
-    gaps = size == 0 or any(backend.id_to_token(id) is None for id in range(size))
-    foreign = [t["content"] for t in pipeline["added_tokens"] if t["content"] not in SPECIAL_TOKENS]
-    extras = [key for key in ("truncation", "padding", "post_processor") if pipeline[key]]
-    for kind in KINDS:
-        if _parts(pipeline) == _parts(json.loads(build(kind).to_str())):
-            if gaps or foreign or extras:
-                break
-            return backend, kind
-    parts = [f"{key} {part['type'] if part else 'none'}" for key, part in _named(pipeline)]
-    found = ", ".join([*parts, f"V = {size}", *foreign, *extras])
-    raise ValueError(
-        f"{expected} a tokenizer that llmkern saved (kind {KINDS}), got one of: {found}"
+        feed.put(item, timeout=_PATIENCE)
+    except queue.Full:
+        return False
+    return True
+
+
+def _taking(feed: queue.Queue[Any], left: threading.Event) -> Callable[[], Any]:
+    """Takes items until the one who puts them has left."""
+
+    def take() -> Any:
+        while not left.is_set():
+            try:
+                return feed.get(timeout=_PATIENCE)
+            except queue.Empty:
+                continue
+        raise InterruptedError("the training of the tokenizer was left")
+
+    return take
+
+
+class Cutter(NamedTuple):
+    """Cuts texts into what the library is given: pieces, or for jieba lists of words.
+
+    It holds the parts of a backend, not the backend, which is locked while it trains on the pieces.
+    """
+
+    kind: Kind
+    normalizer: Any
+    pre_tokenizer: Any
+
+    @classmethod
+    def of(cls, backend: Any, kind: Kind) -> "Cutter":
+        """The cutter for a backend."""
+        return cls(kind, backend.normalizer, backend.pre_tokenizer)
+
+    def cut(self, text: str) -> Iterator[tuple[int, str | list[str]]]:
+        """The pieces of a text, each with the number of its characters."""
+        for piece in self._pieces(text):
+            yield len(piece), chinese_words(self._normal(piece)) if self.kind == "jieba" else piece
+
+    def tokens(self, text: str) -> Iterable[str]:
+        """The tokens of a text before the vocabulary is asked; not for bpe."""
+        if self.kind == "char":
+            return self._normal(text)
+        if self.kind == "word":
+            return [word for word, _ in self.pre_tokenizer.pre_tokenize_str(self._normal(text))]
+        return [word for _, words in self.cut(text) for word in words]
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        if self.kind == "char":
+            return pieces(text, STARTS_ANEW if self.normalizer else ANYWHERE)
+        if self.kind == "word":
+            return pieces(text, WORD_BOUNDARY)
+        if self.kind == "jieba":
+            return pieces(text, CHINESE_BOUNDARY, len)
+        return pieces(text, WORD_BOUNDARY, self._last_token_boundary)
+
+    def _last_token_boundary(self, text: str) -> int | None:
+        return last_token_boundary(self.normalizer, self.pre_tokenizer, text)
+
+    def _normal(self, text: str) -> str:
+        return self.normalizer.normalize_str(text) if self.normalizer else text
+
+
+def newline_token(kind: Kind) -> str:
+    """The token of a newline."""
+    return {"word": EOS, "bpe": "\u010a"}.get(kind, "\n")
+
+
+def set_start(backend: Any, id: int) -> None:
+    """Keep in the backend, and so in its file, which token a text begins with that has no other beginning.
+
+    It is declared as a special token of a template that does not use it: no encoding changes.
+    """
+    backend.post_processor = library().processors.TemplateProcessing(
+        single="$A", pair="$A $B", special_tokens=[(START, id)]
     )
 
 
@@ -182,11 +279,3 @@ def byte_values() -> dict[str, int]:
     substitutes = sorted(character for character in alphabet if ord(character) >= BYTES)
     others = sorted(set(range(BYTES)) - set(printable.values()))
     return printable | dict(zip(substitutes, others, strict=True))
-
-
-def _named(pipeline: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(key, pipeline[key]) for key in ("model", "pre_tokenizer", "decoder")]
-
-
-def _parts(pipeline: dict[str, Any]) -> list[Any]:
-    return [pipeline["model"]["type"], pipeline["pre_tokenizer"], pipeline["decoder"]]

@@ -6,7 +6,9 @@ every window continues, lane by lane, the one before it.
 """
 
 import os
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,25 @@ from torch import Tensor
 
 from llmkern.text.files import read_text
 
-_SPLIT_WORDS = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": ("test",)}
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "valid": ("valid", "val", "validation", "dev"),
+    "test": ("test",),
+}
+# A whole word of the name: "latest.txt" is no test text. Digits end a word: "train2.txt".
+_SPLIT_PATTERNS = {
+    split: re.compile(rf"(?<![a-z])(?:{'|'.join(words)})(?![a-z])", re.IGNORECASE)
+    for split, words in _SPLIT_WORDS.items()
+}
+_SHOWN_NAMES = 5
+
+
+class CorpusFiles(NamedTuple):
+    """The files of a corpus, by split, in the order they are read."""
+
+    train: list[Path]
+    valid: list[Path]
+    test: list[Path]
 
 
 class Splits(NamedTuple):
@@ -26,19 +46,58 @@ class Splits(NamedTuple):
     test: str | None
 
 
+def corpus_files(*paths: str | os.PathLike[str]) -> CorpusFiles:
+    """Which files make up a corpus, and which of them are held out.
+
+    The files of a folder are told apart by a word in their names: ``train``, ``valid`` (or ``val``,
+    ``validation``, ``dev``) and ``test``. Of several such sets, one has the shortest names: beside
+    ``ptb.char.train.txt``, it is ``ptb.train.txt``. In a folder where no file is called ``train``,
+    all others are the training text, in the order of their names: the ``.txt`` files, or every file
+    if there is none. Hidden files and folders within are left alone.
+
+    Args:
+        *paths: One file, of whatever name: all of it is training text. Or a folder; or several
+            files and folders, read in the order given, of which none is left out.
+
+    Returns:
+        The files.
+
+    Raises:
+        FileNotFoundError: There is no file, or none to train on.
+        ValueError: Several files of a folder may be the same split.
+    """
+    where = "llmkern.text.language_modeling_splits"
+    if len(paths) == 1 and not Path(paths[0]).is_dir():
+        return CorpusFiles([Path(paths[0])], [], [])
+    found = CorpusFiles([], [], [])
+    for path in map(Path, paths):
+        if path.is_dir():
+            parts = _folder_files(where, path)
+        else:
+            split = _split_of(path.name) or "train"
+            parts = CorpusFiles([], [], [])._replace(**{split: [path]})
+        for files, more in zip(found, parts, strict=True):
+            files += more
+    if not found.train:
+        raise FileNotFoundError(
+            f"{where}: expected a file to train on in {_named(paths)}, got {_named([*found.valid, *found.test])}"
+        )
+    return found
+
+
 def language_modeling_splits(
-    path: str | os.PathLike[str], *, valid_fraction: float = 0.1, test_fraction: float = 0.0
+    *paths: str | os.PathLike[str], valid_fraction: float = 0.1, test_fraction: float = 0.0
 ) -> Splits:
     """Read a corpus and its splits.
 
     Args:
-        path: A folder with one file each whose name contains ``train``, ``valid`` (or ``val`` or
-            ``dev``) and, if wanted, ``test``; or a single text file, which is cut at the character:
-            training text first, then validation, then test. ``valid_fraction=0.1`` holds out what
-            nanoGPT does.
-        valid_fraction: Share of a single file's characters held out for validation; 0 holds out
-            nothing.
-        test_fraction: Share of a single file's characters held out, at the end, for testing.
+        *paths: A text file, a folder, or several of them; ``corpus_files`` says which file is which
+            split. Files of one split are joined, with a newline between them where none is. A split
+            that has no file is cut from the training text, at the character: training text first,
+            then validation, then test. ``valid_fraction=0.1`` holds out what nanoGPT does.
+        valid_fraction: Share of the training text's characters held out for validation where no
+            file is the validation text; 0 holds out nothing.
+        test_fraction: Share of them held out, at the end, for testing, likewise.
 
     Returns:
         The texts.
@@ -46,7 +105,7 @@ def language_modeling_splits(
     Raises:
         OSError: A file is missing or cannot be read.
         ValueError: A file is not text (see ``read_text``), a folder's files cannot be told apart,
-            the fractions are out of range, or the file is too short for them.
+            the fractions are out of range, or the text is too short for them.
 
     Example:
         >>> splits = language_modeling_splits("examples/weather_zh.txt")
@@ -54,23 +113,25 @@ def language_modeling_splits(
         True
     """
     where = "llmkern.text.language_modeling_splits"
-    if Path(path).is_dir():
-        files = {split: _split_file(where, Path(path), split) for split in _SPLIT_WORDS}
-        texts = {split: read_text(file) if file else None for split, file in files.items()}
-        return Splits(**texts)  # type: ignore[arg-type]
     if not (valid_fraction >= 0 and test_fraction >= 0 and valid_fraction + test_fraction < 1):
         raise ValueError(
             f"{where}: expected valid_fraction and test_fraction >= 0 and a sum below 1, "
             f"got {valid_fraction} and {test_fraction}"
         )
-    text = read_text(path)
+    files = corpus_files(*paths)
+    if files.valid:
+        valid_fraction = 0.0
+    if files.test:
+        test_fraction = 0.0
+    text, valid, test = (_joined(map(read_text, part)) for part in files)
     valid_start = int(len(text) * (1 - valid_fraction - test_fraction))
     test_start = int(len(text) * (1 - test_fraction))
-    train, valid, test = text[:valid_start], text[valid_start:test_start], text[test_start:]
+    train = text[:valid_start]
+    valid = valid or text[valid_start:test_start]
+    test = test or text[test_start:]
     if not train or (valid_fraction and not valid) or (test_fraction and not test):
         raise ValueError(
-            f"{where}: expected a text long enough to split, got {len(text)} characters "
-            f"in '{os.fspath(path)}'"
+            f"{where}: expected a text long enough to split, got {len(text)} characters in {_named(files.train)}"
         )
     return Splits(train, valid or None, test or None)
 
@@ -82,14 +143,15 @@ def contiguous_lanes(ids: Tensor, batch_size: int) -> Tensor:
     B tokens, is dropped.
 
     Args:
-        ids: Tokens, int64 [N].
+        ids: Tokens, int64 or (half the memory) int32 [N].
         batch_size: Number of lanes B.
 
     Returns:
-        int64 [B, N // B], contiguous, sharing the memory of ``ids`` where that is contiguous.
+        [B, N // B] of the same dtype, contiguous, sharing the memory of ``ids`` where that is
+        contiguous.
 
     Raises:
-        TypeError: ``ids`` is not an int64 tensor.
+        TypeError: ``ids`` is not an int64 or int32 tensor.
         ValueError: ``ids`` is not one-dimensional, ``batch_size`` < 1, or N < 2 * B: a lane needs
             an input and a target.
 
@@ -121,16 +183,16 @@ def bptt_windows(
     ``ceil((L - 1) / bptt)`` windows; the last may be shorter.
 
     Args:
-        lanes: int64 [B, L], from ``contiguous_lanes``.
+        lanes: int64 or int32 [B, L], from ``contiguous_lanes``.
         bptt: Longest window.
         start: Column to start at: an earlier ``start`` plus the width of its window resumes there.
 
     Returns:
-        An iterator of (start, inputs [B, t], targets [B, t]), 1 <= t <= bptt; the tensors are views
-        of ``lanes``, the targets one column to the right.
+        An iterator of (start, inputs [B, t], targets [B, t]), 1 <= t <= bptt, int64; the targets
+        are one column to the right. The tensors are views of ``lanes`` where those are int64.
 
     Raises:
-        TypeError: ``lanes`` is not an int64 tensor.
+        TypeError: ``lanes`` is not an int64 or int32 tensor.
         ValueError: ``lanes`` is not two-dimensional or has fewer than 2 columns, ``bptt`` < 1, or
             ``start`` is outside [0, L - 1].
 
@@ -153,28 +215,74 @@ def bptt_windows(
     def windows() -> Iterator[tuple[int, Tensor, Tensor]]:
         for begin in range(start, last, bptt):
             end = min(begin + bptt, last)
-            yield begin, lanes[:, begin:end], lanes[:, begin + 1 : end + 1]
+            yield begin, lanes[:, begin:end].long(), lanes[:, begin + 1 : end + 1].long()
 
     return windows()
 
 
 def _check_ids(where: str, name: str, ids: Tensor, letters: str) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{where}: expected {name} to be an int64 tensor, got {got}")
+        raise TypeError(f"{where}: expected {name} to be an int64 or int32 tensor, got {got}")
     if ids.dim() != letters.count(",") + 1:
         raise ValueError(f"{where}: expected {name} of shape [{letters}], got {list(ids.shape)}")
 
 
-def _split_file(where: str, folder: Path, split: str) -> Path | None:
-    words = _SPLIT_WORDS[split]
-    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
-    found = [file for file in files if any(word in file.name.lower() for word in words)]
-    if len(found) == 1:
-        return found[0]
-    if not found and split == "test":
-        return None
-    pattern = " or ".join(f"*{word}*" for word in words)
-    names = [file.name for file in found or files]
-    error = f"{where}: expected one file {pattern} in '{folder}', got {names}"
-    raise ValueError(error) if found else FileNotFoundError(error)
+def _split_of(name: str) -> str | None:
+    return next((split for split, word in _SPLIT_PATTERNS.items() if word.search(name)), None)
+
+
+def _folder_files(where: str, folder: Path) -> CorpusFiles:
+    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    if not files:
+        raise FileNotFoundError(f"{where}: expected text files in '{folder}', got none")
+    by_split = {split: [f for f in files if _split_of(f.name) == split] for split in _SPLIT_WORDS}
+    chosen = {split: _one_of(where, folder, split, by_split) for split in _SPLIT_WORDS}
+    if not chosen["train"]:
+        others = [file for file in files if _split_of(file.name) is None]
+        chosen["train"] = [file for file in others if file.suffix.lower() == ".txt"] or others
+    return CorpusFiles(**chosen)
+
+
+def _one_of(where: str, folder: Path, split: str, by_split: dict[str, list[Path]]) -> list[Path]:
+    """The one file of a split, if there is any.
+
+    Of several files, those belong together whose names differ in the word of the split alone; the set that has most of
+    the splits, and then the shortest name, is meant.
+    """
+    found = by_split[split]
+    if len(found) <= 1:
+        return found
+    sets = Counter(_without_split(f.name) for part in by_split.values() for f in part)
+
+    def rank(file: Path) -> tuple[int, int]:
+        name = _without_split(file.name)
+        return -sets[name], len(name)
+
+    first, second = sorted(found, key=rank)[:2]
+    if rank(first) == rank(second):
+        words = " or ".join(f"*{word}*" for word in _SPLIT_WORDS[split])
+        raise ValueError(f"{where}: expected one file {words} in '{folder}', got {_named(found)}")
+    return [first]
+
+
+def _without_split(name: str) -> str:
+    return _SPLIT_PATTERNS[str(_split_of(name))].sub("", name)
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """The texts, one after the other, each beginning on a line of its own."""
+    parts: list[str] = []
+    for text in texts:
+        if parts and not parts[-1].endswith("\n"):
+            parts.append("\n")
+        parts.append(text)
+    return "".join(parts)
+
+
+def _named(files: Iterable[str | os.PathLike[str]]) -> str:
+    """The names of files, a few of them and the number of the others."""
+    names = [f"'{os.fspath(file)}'" for file in files]
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    hidden = len(names) - _SHOWN_NAMES
+    return f"{shown} and {hidden} more" if hidden > 0 else shown or "none"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files: strict reading and atomic writing.
+"""Text files: strict reading.
 
 A corpus is read as it is, byte for byte, and refused with the exact place of the first fault: text
 silently repaired or silently cut is a model silently trained on something else.
@@ -9,7 +9,7 @@ import codecs
 import os
 from pathlib import Path
 
-_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+from llmkern.text.encodings import conversion_advice, file_format, unmarked_wide_encoding
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -27,8 +27,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises:
         OSError: There is no such file, it is a folder, or it cannot be read; of the subclass that
             the system raised.
-        ValueError: The file is empty, holds only white space, or is not UTF-8: the error names the
-            byte, its offset from the start of the file, and its line and column, counted from 1.
+        ValueError: The file is empty, holds only white space, is of a format that is no text (an
+            archive, a Word document), is not UTF-8, or has a NUL byte, as UTF-16 does. The error
+            names the byte, its offset from the start of the file, its line and column, counted from
+            1, and the encoding that the file probably has.
 
     Example:
         >>> read_text("examples/weather_zh.txt")[:2]
@@ -67,25 +69,35 @@ def _read(where: str, path: Path) -> str:
         raise OSError(
             error.errno, f"{where}: expected a text file '{path}', got: {error.strerror}"
         ) from error
+    known = file_format(data)
+    if known is not None:
+        raise ValueError(f"{where}: expected a text file '{path}', got {known[0]}; {known[1]}")
     content = data.removeprefix(codecs.BOM_UTF8)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         offset = error.start + len(data) - len(content)
-        raise ValueError(f"{where}: {_not_utf8(path, data, offset)}") from error
+        raise ValueError(
+            f"{where}: expected UTF-8 text in '{path}', got {_place(data, offset)}; {conversion_advice(data)}"
+        ) from error
+    if (offset := data.find(b"\0")) >= 0:
+        raise ValueError(
+            f"{where}: expected text in '{path}', got {_place(data, offset)}; {_nul_advice(data)}"
+        )
     if not text or text.isspace():
         found = f"{len(data)} bytes of nothing but white space" if data else "an empty file"
         raise ValueError(f"{where}: expected text in '{path}', got {found}")
     return text
 
 
-def _not_utf8(path: Path, data: bytes, offset: int) -> str:
+def _place(data: bytes, offset: int) -> str:
     line_start = data.rfind(b"\n", 0, offset) + 1
     line = data.count(b"\n", 0, offset) + 1
     column = len(data[line_start:offset].decode("utf-8-sig")) + 1
-    encoding = "UTF-16" if data.startswith(_UTF16_MARKS) else "GB18030"
-    return (
-        f"expected UTF-8 text in '{path}', got byte 0x{data[offset]:02X} at offset {offset} "
-        f"(line {line}, column {column}); convert the file first, for example: "
-        f"iconv -f {encoding} -t UTF-8"
-    )
+    return f"byte 0x{data[offset]:02X} at offset {offset} (line {line}, column {column})"
+
+
+def _nul_advice(data: bytes) -> str:
+    if unmarked_wide_encoding(data) is not None:
+        return conversion_advice(data)
+    return "text has no NUL bytes; if it is text all the same, drop them with: tr -d '\\000'"

@@ -3,10 +3,18 @@
 
 import codecs
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from llmkern.text.tokenizer import Tokenizer
+
+class TokenForms(Protocol):
+    """What the decoder asks of a tokenizer."""
+
+    @property
+    def kind(self) -> str:
+        """``"char"``, ``"word"``, ``"jieba"`` or ``"bpe"``."""
+
+    def visible_forms(self, ids: Iterable[int]) -> list[Any]:
+        """What the ids add to a text, str or (``bpe``) bytes, without those that add nothing."""
 
 
 class StreamDecoder:
@@ -20,7 +28,7 @@ class StreamDecoder:
     first and drop the text: the first new word then brings its space.
 
     Args:
-        tokenizer: What the ids belong to.
+        tokenizer: What the ids belong to: a ``Tokenizer``.
 
     Example:
         >>> tokenizer = Tokenizer.train("fair weather", kind="word")
@@ -31,7 +39,7 @@ class StreamDecoder:
         ''
     """
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    def __init__(self, tokenizer: TokenForms) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._after_word = False
@@ -49,7 +57,7 @@ class StreamDecoder:
             IndexError: An id is not in the vocabulary; names its position in ``ids`` and its value.
             TypeError: ``ids`` holds something else than integers.
         """
-        visible = self._tokenizer._visible(ids)
+        visible = self._tokenizer.visible_forms(ids)
         if self._tokenizer.kind == "bpe":
             return self._utf8.decode(b"".join(visible))
         if self._tokenizer.kind == "word":

@@ -4,19 +4,26 @@
 import itertools
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from llmkern._files import write_files
 from llmkern.text import backends
 from llmkern.text._checks import check_options, check_text
-from llmkern.text.backends import BOS, EOS, PAD, SPECIAL_TOKENS, UNK, Kind
+from llmkern.text.backends import BOS, EOS, PAD, SPECIAL_TOKENS, UNK, Cutter, Kind
 from llmkern.text.normalization import NormalizationForm
 from llmkern.text.streaming import StreamDecoder
+from llmkern.text.tokenizer_file import LARGEST, parse
 
+Unknown = Literal["error", "drop", "replace"]
+UNKNOWN: tuple[Unknown, ...] = get_args(Unknown)
 FILE_NAME = "tokenizer.json"
 _PIECES_A_BATCH = 8
+_BEGINNING = 200
 
 
 class Tokenizer:
@@ -51,10 +58,12 @@ class Tokenizer:
         unk_id: Id of ``<unk>``, or None.
         bos_id: Id of ``<bos>``, or None.
         eos_id: Id of ``<eos>``, or None.
+        start_id: The token that a text without any other beginning begins with: ``<bos>``, else the
+            newline if the training texts had one, else ``<eos>``, else their first token.
         backend: The ``tokenizers.Tokenizer`` that does the work.
     """
 
-    def __init__(self, backend: Any, kind: Kind) -> None:
+    def __init__(self, backend: Any, kind: Kind, start_id: int | None = None) -> None:
         # Text must never turn into a special token; the library leaves this switch out of the file.
         backend.encode_special_tokens = True
         self.backend = backend
@@ -63,6 +72,8 @@ class Tokenizer:
         self.tokens: tuple[str, ...] = tuple(backend.id_to_token(id) for id in range(size))
         self._ids = {token: id for id, token in enumerate(self.tokens)}
         self.pad_id, self.unk_id, self.bos_id, self.eos_id = map(self.id, (PAD, UNK, BOS, EOS))
+        self.start_id = self._usual_start() if start_id is None else start_id
+        self._cutter = Cutter.of(backend, kind)
         self._forms = self._visible_forms()
 
     @classmethod
@@ -76,8 +87,12 @@ class Tokenizer:
         special_tokens: Iterable[str] | None = None,
         lowercase: bool = False,
         normalization: NormalizationForm | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> "Tokenizer":
         """Make a tokenizer for a corpus; the same texts and options give the same vocabulary.
+
+        Ctrl-C ends it within a second. (The merges of ``bpe`` are learned in a thread of their own,
+        which works on in the background until it is done if the program goes on.)
 
         Args:
             texts: The corpus: one str or several, be they lines, documents or a whole file.
@@ -89,6 +104,7 @@ class Tokenizer:
                 first ids, in the order given. Default: as in the table of the class.
             lowercase: Lower-case all text, here and in ``encode``.
             normalization: Unicode normalisation form of all text, here and in ``encode``.
+            on_progress: Called several times a second with the number of characters read so far.
 
         Returns:
             The tokenizer.
@@ -108,27 +124,19 @@ class Tokenizer:
         """
         specials = check_options(kind, vocab_size, min_frequency, special_tokens, normalization)
         backend = backends.build(kind, specials, lowercase=lowercase, normalization=normalization)
-        normalizer = backend.normalizer
-        parts: Iterator[str | list[str]] = itertools.chain.from_iterable(
-            backends.cut(normalizer, kind, check_text("train", text))
-            for text in ([texts] if isinstance(texts, str) else texts)
-        )
+        corpus = _Corpus(texts, Cutter.of(backend, kind), on_progress or (lambda done: None))
         if kind == "bpe":
-            backends.train_bpe(backend, parts, specials, vocab_size, min_frequency)
-            return cls(backend, kind)
-        dropped = backends.train_vocabulary(backend, parts, specials, vocab_size, min_frequency)
-        if backend.get_vocab_size() == len(specials):
-            raise ValueError(
-                "llmkern.text.Tokenizer.train: expected texts with a token that occurs at least "
-                f"{min_frequency} times, got none"
+            backends.train_bpe(
+                backend, corpus.parts(), specials, vocab_size, min_frequency, corpus.report
             )
-        if dropped and UNK not in specials:
-            needed = backend.get_vocab_size() + dropped
-            raise ValueError(
-                f"llmkern.text.Tokenizer.train: expected vocab_size >= {needed}, the tokens of the "
-                f"texts, or '{UNK}' among special_tokens, got vocab_size {vocab_size}"
+        else:
+            dropped = backends.train_vocabulary(
+                backend, corpus.parts(), specials, vocab_size, min_frequency
             )
-        return cls(backend, kind)
+            _check_trained(backend, specials, vocab_size, min_frequency, dropped)
+        start = cls(backend, kind)._start_of(corpus)
+        backends.set_start(backend, start)
+        return cls(backend, kind, start)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
@@ -148,12 +156,13 @@ class Tokenizer:
         where = "llmkern.text.Tokenizer.load"
         file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
         try:
-            content = file.read_bytes()
+            with open(file, "rb") as opened:
+                content = opened.read(LARGEST + 1)
         except OSError as error:
             raise OSError(
                 error.errno, f"{where}: expected a tokenizer in '{file}', got: {error.strerror}"
             ) from error
-        return cls(*backends.parse(content, f"{where}: expected '{file}' to be"))
+        return cls(*parse(content, f"{where}: expected '{file}' to be"))
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -164,7 +173,7 @@ class Tokenizer:
             ValueError: As ``load``.
         """
         where = "llmkern.text.Tokenizer.from_json"
-        return cls(*backends.parse(text.encode(), f"{where}: expected the text to be"))
+        return cls(*parse(text.encode(), f"{where}: expected the text to be"))
 
     def to_json(self) -> str:
         """The content of tokenizer.json, the same for the same vocabulary and options."""
@@ -202,11 +211,14 @@ class Tokenizer:
         """
         return self.tokens[self._check_ids("token", [id])[0]]
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text.
+    def encode(self, text: str, unknown: Unknown | None = None) -> list[int]:
+        """The ids of a text; for a corpus, ``encode_array`` takes a tenth of the memory.
 
         Args:
             text: Any text. No special token is added at either end.
+            unknown: What becomes of tokens that the vocabulary does not hold: ``"replace"`` makes
+                them ``<unk>``, ``"drop"`` leaves them out, ``"error"`` refuses them. Default:
+                ``"replace"`` where there is an ``<unk>``, else ``"error"``.
 
         Returns:
             The ids.
@@ -214,21 +226,59 @@ class Tokenizer:
         Raises:
             ImportError: jieba is needed and not installed.
             TypeError: ``text`` is not a str.
+            ValueError: A token is unknown, and ``unknown`` is ``"error"`` or there is no ``<unk>``;
+                names it and its position.
+        """
+        if unknown not in (None, *UNKNOWN):
+            raise ValueError(
+                f"llmkern.text.Tokenizer.encode: expected unknown to be one of {UNKNOWN} or None, "
+                f"got {unknown!r}"
+            )
+        if unknown is None or self.kind == "bpe":
+            return self.encode_array(text).tolist()  # type: ignore[no-any-return]
+        found = map(self._ids.get, self._cutter.tokens(check_text("encode", text)))
+        if unknown == "drop":
+            return [id for id in found if id is not None]
+        ids = [self.unk_id if id is None and unknown == "replace" else id for id in found]
+        if None in ids:
+            self._refuse_unknown(text)
+        return ids  # type: ignore[return-value]
+
+    def encode_array(
+        self, text: str, on_progress: Callable[[int], object] | None = None
+    ) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """The ids of a text of any length, in four bytes a token.
+
+        Args:
+            text: Any text, as in ``encode``.
+            on_progress: Called several times a second with the number of characters encoded so far.
+
+        Returns:
+            The ids, int32 [T].
+
+        Raises:
+            ImportError: As ``encode``.
+            TypeError: As ``encode``.
             ValueError: A token is unknown and there is no ``<unk>``; names it and its position.
         """
-        parts = backends.cut(self.backend.normalizer, self.kind, check_text("encode", text))
-        ids: list[int] = []
+        parts = self._cutter.cut(check_text("encode", text))
+        ids, done = array("i"), 0
         while batch := list(itertools.islice(parts, _PIECES_A_BATCH)):
             try:
                 encodings = self.backend.encode_batch_fast(
-                    batch, is_pretokenized=self.kind == "jieba", add_special_tokens=False
+                    [part for _, part in batch],
+                    is_pretokenized=self.kind == "jieba",
+                    add_special_tokens=False,
                 )
             except Exception:  # the library raises no narrower class
                 self._refuse_unknown(text)
                 raise
             for encoding in encodings:
-                ids += encoding.ids
-        return ids
+                ids.extend(encoding.ids)
+            done += sum(length for length, _ in batch)
+            if on_progress:
+                on_progress(done)
+        return np.frombuffer(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids.
@@ -257,8 +307,13 @@ class Tokenizer:
         specials = "".join(f", {name}_id={id}" for name, id in named.items() if id is not None)
         return f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size}{specials})"
 
-    def _visible(self, ids: Iterable[int]) -> list[Any]:
-        """What each id adds to the text, str or (bpe) bytes; ids that add nothing are left out."""
+    def visible_forms(self, ids: Iterable[int]) -> list[Any]:
+        """What each id adds to the text, str or (bpe) bytes; ids that add nothing are left out.
+
+        Raises:
+            IndexError: As ``decode``.
+            TypeError: As ``decode``.
+        """
         forms = self._forms
         return [form for id in self._check_ids("decode", ids) if (form := forms[id])]
 
@@ -273,6 +328,21 @@ class Tokenizer:
             return forms
         hidden = {PAD: "", BOS: "", EOS: "\n" if self.kind == "word" else ""}
         return [hidden.get(token, token) for token in self.tokens]
+
+    def _usual_start(self) -> int:
+        """The beginning for a vocabulary whose texts are not known: of a file of llmkern 0.1."""
+        for id in (self.bos_id, self.id(backends.newline_token(self.kind)), self.eos_id):
+            if id is not None:
+                return id
+        return next((i for i, t in enumerate(self.tokens) if t not in SPECIAL_TOKENS), 0)
+
+    def _start_of(self, corpus: "_Corpus") -> int:
+        newline = self.id(backends.newline_token(self.kind)) if corpus.has_newline else None
+        for id in (self.bos_id, newline, self.eos_id):
+            if id is not None:
+                return id
+        known = (id for id in self.encode(corpus.beginning, "drop") if id != self.unk_id)
+        return next(known, self._usual_start())
 
     def _check_ids(self, where: str, ids: Iterable[int]) -> list[int]:
         try:
@@ -289,14 +359,74 @@ class Tokenizer:
             )
         return plain
 
+    def unknown_tokens(self, text: str) -> Iterator[tuple[int, str]]:
+        """The position and the form of every token of a text that the vocabulary does not hold.
+
+        Positions count tokens; for ``char`` these are characters. ``bpe`` knows every text.
+        """
+        check_text("unknown_tokens", text)
+        tokens = () if self.kind == "bpe" else self._cutter.tokens(text)
+        return (found for found in enumerate(tokens) if found[1] not in self._ids)
+
     def _refuse_unknown(self, text: str) -> None:
-        if self.kind == "bpe":
+        found = next(self.unknown_tokens(text), None)
+        if found is None:
             return
-        for position, token in enumerate(backends.tokens_of(self.backend, self.kind, text)):
-            if token not in self._ids:
-                code_point = f" (U+{ord(token):04X})" if self.kind == "char" else ""
-                raise ValueError(
-                    "llmkern.text.Tokenizer.encode: expected tokens of the vocabulary "
-                    f"(V = {self.vocab_size}), got {token!r}{code_point} at position {position}; "
-                    f"train on texts that hold it, or with special_tokens=('{UNK}',)"
-                ) from None
+        position, token = found
+        code_point = f" (U+{ord(token):04X})" if self.kind == "char" else ""
+        remedy = "give unknown='drop' or 'replace'"
+        if self.unk_id is None:
+            remedy = f"train on texts that hold it, or with special_tokens=('{UNK}',) (--unk)"
+        raise ValueError(
+            "llmkern.text.Tokenizer.encode: expected tokens of the vocabulary "
+            f"(V = {self.vocab_size}), got {token!r}{code_point} at position {position}; {remedy}"
+        ) from None
+
+
+class _Corpus:
+    """The texts that a tokenizer is trained on, on their way to the library."""
+
+    def __init__(
+        self, texts: Iterable[str], cutter: Cutter, on_progress: Callable[[int], object]
+    ) -> None:
+        self._texts = [texts] if isinstance(texts, str) else texts
+        self._cutter = cutter
+        self._on_progress = on_progress
+        self._done = 0
+        self.has_newline = False
+        self.beginning = ""
+
+    def parts(self) -> Iterator[str | list[str]]:
+        """What the library is given."""
+        for text in self._texts:
+            check_text("train", text)
+            self.has_newline = self.has_newline or "\n" in text
+            self.beginning = self.beginning or text[:_BEGINNING]
+            for length, part in self._cutter.cut(text):
+                yield part
+                self._done += length
+                self.report()
+
+    def report(self) -> None:
+        """Tell how much is read."""
+        self._on_progress(self._done)
+
+
+def _check_trained(
+    backend: Any,
+    specials: tuple[str, ...],
+    vocab_size: int | None,
+    min_frequency: int,
+    dropped: int,
+) -> None:
+    if backend.get_vocab_size() == len(specials):
+        raise ValueError(
+            "llmkern.text.Tokenizer.train: expected texts with a token that occurs at least "
+            f"{min_frequency} times, got none"
+        )
+    if dropped and UNK not in specials:
+        needed = backend.get_vocab_size() + dropped
+        raise ValueError(
+            f"llmkern.text.Tokenizer.train: expected vocab_size >= {needed}, the tokens of the "
+            f"texts, or '{UNK}' among special_tokens, got vocab_size {vocab_size}"
+        )

@@ -53,7 +53,7 @@ def evaluate(
 
     Args:
         model: has ``.loss(ids, targets, state)``, and for the accuracy ``model(ids, state) -> (logits, state)``.
-        ids: the text, int64 [N].
+        ids: the text, int64 or int32 [N].
         batch_size: lanes the text is cut into. Each starts without context, so a published number goes with its
             batch size; 1 is the exact one and the slowest.
         bptt: tokens a lane reads at a time; changes nothing but the memory used.

@@ -2,6 +2,10 @@
 """What a run shows while it lasts: a bar in a terminal, plain lines elsewhere, nothing when asked to be quiet."""
 
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any, Protocol
 
 from llmkern._optional import require
@@ -31,7 +35,8 @@ def make_display(total_steps: int, first_step: int, *, show: bool) -> Display:
     """The display for standard error as it is."""
     if not show:
         return Silence()
-    return Bar(total_steps, first_step) if sys.stderr.isatty() else Lines(total_steps)
+    display = Bar if sys.stderr.isatty() else Lines
+    return display(total_steps, first_step)
 
 
 class Silence:
@@ -51,29 +56,47 @@ class Silence:
 class Lines(Silence):
     """A line for each interval and each epoch: for files, pipes and the logs of batch systems."""
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, first_step: int) -> None:
         self._total_steps = total_steps
+        self._first_step = first_step
+        self._began = time.monotonic()
 
     def interval(self, step: int, **values: Any) -> None:
-        self.line(f"step {step}/{self._total_steps} | " + _described(**values))
+        self.line(
+            f"step {step}/{self._total_steps} | {self._time_left(step)} left | {_described(**values)}"
+        )
 
     def line(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        _to_whoever_listens(lambda: print(text, file=sys.stderr, flush=True))
+
+    def _time_left(self, step: int) -> str:
+        """By the mean time of this call's steps, validation and saving included."""
+        passed = time.monotonic() - self._began
+        seconds = passed / max(1, step - self._first_step) * (self._total_steps - step)
+        return str(timedelta(seconds=round(seconds)))
 
 
 class Bar(Silence):
-    """A bar with loss, perplexity, speed, learning rate and the time left, by rich."""
+    """A bar with the time left, loss, perplexity, speed and learning rate, by rich.
+
+    What does not fit into the terminal's width is cut from the end: step count and time left stay.
+    """
 
     def __init__(self, total_steps: int, first_step: int) -> None:
         progress = require("rich.progress", "draws the progress bar")
+        column = require("rich.table", "draws the progress bar").Column
         console = require("rich.console", "draws the progress bar").Console(stderr=True)
         self._progress = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=20),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[note]}"),
-            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.description}", table_column=column(no_wrap=True)),
+            progress.BarColumn(bar_width=20 if console.width >= 100 else 8),
+            progress.MofNCompleteColumn(table_column=column(no_wrap=True)),
+            progress.TimeRemainingColumn(table_column=column(no_wrap=True)),
+            progress.TextColumn(
+                "{task.fields[note]}",
+                table_column=column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
             console=console,
+            expand=True,
         )
         self._task = self._progress.add_task(
             "training", total=total_steps, completed=first_step, note=""
@@ -87,10 +110,18 @@ class Bar(Silence):
         self._progress.update(self._task, note=text)
 
     def line(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False, markup=False)
+        _to_whoever_listens(
+            lambda: self._progress.console.print(text, highlight=False, markup=False)
+        )
 
     def close(self) -> None:
-        self._progress.stop()
+        _to_whoever_listens(self._progress.stop)
+
+
+def _to_whoever_listens(write: Callable[[], object]) -> None:
+    """Writes to a terminal or a pipe that may have closed: that must not end a run before it has saved."""
+    with suppress(OSError):
+        write()
 
 
 def _described(
@@ -112,3 +143,11 @@ def epoch_summary(record: dict[str, Any], epochs: int) -> str:
         parts.append(f"valid loss {record['valid_loss']:.4f}")
         parts.append(f"valid ppl {perplexity(record['valid_loss']):.2f}")
     return " | ".join([*parts, f"lr {record['learning_rate']:.3g}"])
+
+
+def validation_summary(step: int, total_steps: int, valid_loss: float) -> str:
+    """The line of a validation between two ends of epochs."""
+    return (
+        f"step {step}/{total_steps} | valid loss {valid_loss:.4f} | "
+        f"valid ppl {perplexity(valid_loss):.2f}"
+    )

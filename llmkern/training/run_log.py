@@ -5,13 +5,14 @@ import json
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from typing_extensions import Self
 
 from llmkern._optional import require
 
 LOG_NAME, TENSORBOARD_NAME = "log.jsonl", "tb"
+DATA_NAME = "data.json"  # which texts a run was given; the trainer writes it beside them
 
 
 class RunLog:
@@ -25,18 +26,15 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, *, tensorboard: bool, size: int, step: int) -> None:
-        self._file = None
+        self._file: BinaryIO | None = None
         self._writer: Any = None
-        if folder is None:
-            return
-        if tensorboard:
-            board = require("torch.utils.tensorboard", "writes logs for TensorBoard")
+        self._tensorboard = tensorboard
+        if folder is not None:
             # The step of a checkpoint is logged before it is saved: what follows it is purged.
-            purge = step + 1 if step else None
-            self._writer = board.SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=purge)
-        self._file = open(folder / LOG_NAME, "ab")  # noqa: SIM115  (closed in __exit__)
-        if self._file.tell() > size:
-            self._file.truncate(size)
+            self._open(folder, purge_step=step + 1 if step else None)
+            if self.size > size:
+                assert self._file is not None
+                self._file.truncate(size)
 
     def __enter__(self) -> Self:
         return self
@@ -47,10 +45,30 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        self.leave()
+
+    def leave(self) -> None:
+        """Closes the files."""
+        for file in (self._file, self._writer):
+            if file is not None:
+                file.close()
+        self._file = self._writer = None
+
+    def enter(self, folder: Path) -> None:
+        """Goes on with the files, which have moved to another folder."""
+        self._open(folder, purge_step=None)
+
+    def _open(self, folder: Path, purge_step: int | None) -> None:
+        try:
+            self._file = open(folder / LOG_NAME, "ab")  # noqa: SIM115  (closed in leave)
+            if self._tensorboard:
+                board = require("torch.utils.tensorboard", "writes logs for TensorBoard")
+                place = str(folder / TENSORBOARD_NAME)
+                self._writer = board.SummaryWriter(place, purge_step=purge_step)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"llmkern.Trainer: could not write logs in {folder}: {error.strerror}"
+            ) from error
 
     @property
     def size(self) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C and the end of a batch job as a request: the run finishes its step, saves and stops."""
+"""Ctrl-C, the end of a batch job and a closed terminal as a request: the run finishes its step, saves and stops."""
 
 import signal
 import threading
@@ -8,13 +8,15 @@ from typing import Any
 
 from typing_extensions import Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C, the end of a batch job, and a terminal or connection that closed.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """True once SIGINT or SIGTERM has come; use it in a ``with`` statement.
+    """True once SIGINT, SIGTERM or SIGHUP has come; use it in a ``with`` statement.
 
-    The second SIGINT is a KeyboardInterrupt, for those who cannot wait. Outside the main thread, where Python
+    The second SIGINT is a KeyboardInterrupt, for those who cannot wait. A signal that the process ignores stays
+    ignored: under nohup a run outlives its terminal. Outside the main thread, where Python
     delivers no signals, nothing is ever requested.
     """
 
@@ -27,7 +29,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            heard = [n for n in _SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+            self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(

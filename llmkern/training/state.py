@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run is: the part of a checkpoint that is neither parameters nor random numbers."""
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from torch import Tensor
-
-# What a model carries from window to window: a tensor or any nesting of tuples and lists of them.
-Hidden = Any
 
 
 @dataclass
@@ -25,7 +21,9 @@ class TrainingState:
         interval_tokens: tokens since then.
         learning_rate: of the last step.
         best_loss: the best validation loss so far; None before the first.
-        epochs_without_gain: evaluations since the best one.
+        best_step: the step of the model that had it.
+        epochs_without_gain: epochs since the one that ended with the best validation loss. Validations in mid-epoch
+            do not count: where a run was stopped must not decide when it ends.
         history: one dict for each finished epoch: epoch, step, learning_rate, train_loss, valid_loss.
         log_size: bytes of the log that belong to this state; what a killed run wrote after them is cut off.
     """
@@ -39,6 +37,7 @@ class TrainingState:
     interval_tokens: int = 0
     learning_rate: float = 0.0
     best_loss: float | None = None
+    best_step: int | None = None
     epochs_without_gain: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     log_size: int = 0
@@ -61,8 +60,16 @@ class TrainingState:
         """After a line of the log."""
         self.interval_loss_sum, self.interval_tokens = 0.0, 0
 
-    def end_epoch(self, valid_loss: float | None) -> bool:
-        """Closes the books of an epoch; True if its model is the one to keep."""
+    def validated(self, loss: float) -> bool:
+        """Books a validation; True if its model is the best so far."""
+        is_best = self.best_loss is None or loss < self.best_loss
+        if is_best:
+            self.best_loss, self.best_step = loss, self.step
+        return is_best
+
+    def end_epoch(self, valid_loss: float | None) -> None:
+        """Closes the books of an epoch."""
+        before = [record["valid_loss"] for record in self.history]
         self.epoch += 1
         record = {
             "epoch": self.epoch,
@@ -73,13 +80,9 @@ class TrainingState:
         }
         self.history.append(record)
         self.position, self.loss_sum, self.tokens = 0, 0.0, 0
-        if valid_loss is None:
-            return True
-        is_best = self.best_loss is None or valid_loss < self.best_loss
-        if is_best:
-            self.best_loss = valid_loss
-        self.epochs_without_gain = 0 if is_best else self.epochs_without_gain + 1
-        return is_best
+        if valid_loss is not None:
+            gained = valid_loss < min(before, default=math.inf)
+            self.epochs_without_gain = 0 if gained else self.epochs_without_gain + 1
 
     def to_dict(self) -> dict[str, Any]:
         """As plain Python values."""
@@ -100,12 +103,3 @@ class Stopwatch:
         """After so many more tokens."""
         self._tokens += tokens
         return self._tokens / max(time.monotonic() - self._began, 1e-9)
-
-
-def detached(hidden: Hidden) -> Hidden:
-    """The same state without its history: the gradient stops at the window's edge."""
-    if isinstance(hidden, Tensor):
-        return hidden.detach()
-    if isinstance(hidden, (tuple, list)):
-        return tuple(detached(part) for part in hidden)
-    return hidden

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from llmkern.training.arguments import TrainingArguments
+from llmkern.training.carried import Hidden, detached
+from llmkern.training.memory import reraise_out_of_memory
 from llmkern.training.optimization import LearningRate, make_optimizer
-from llmkern.training.state import Hidden, detached
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 class Stepper:
@@ -45,18 +44,17 @@ class Stepper:
 
         Raises:
             FloatingPointError: one of the two is not finite; nothing was updated.
-            MemoryError: there is not enough memory.
+            MemoryError: there is not enough memory; says how many bytes were asked for and what to lower.
         """
         try:
             return self._step(inputs, targets, number)
         except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and not _is_out_of_memory(error):
-                raise
-            arguments = self._arguments
-            raise MemoryError(
-                f"llmkern.Trainer: out of memory in step {number}; lower batch_size (now {arguments.batch_size}) "
-                f"or bptt (now {arguments.bptt}): {error}"
-            ) from error
+            reraise_out_of_memory(
+                error,
+                f"llmkern.Trainer: out of memory in step {number}",
+                batch_size=self._arguments.batch_size,
+                bptt=self._arguments.bptt,
+            )
 
     def _step(self, inputs: Tensor, targets: Tensor, number: int) -> tuple[float, float]:
         arguments = self._arguments
@@ -83,7 +81,3 @@ class Stepper:
                 f"its update. Lower learning_rate (now {self.learning_rate.value:g}) or clip the gradient harder "
                 f"(max_grad_norm, now {self._arguments.max_grad_norm})"
             )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)

@@ -1,27 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: truncated back-propagation through time over a contiguous text, resumable to the bit."""
 
+import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmkern._files import remove_temporaries
-from llmkern.models.pretrained import PretrainedMixin
+from llmkern._files import write_files
+from llmkern.models.pretrained import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    PretrainedMixin,
+)
 from llmkern.text import Tokenizer, bptt_windows
 from llmkern.training import checkpoints, snapshots
 from llmkern.training.arguments import TrainingArguments
+from llmkern.training.memory import reraise_out_of_memory
 from llmkern.training.metrics import evaluate
-from llmkern.training.progress import Display, epoch_summary, make_display
-from llmkern.training.run_log import RunLog
+from llmkern.training.progress import Display, epoch_summary, make_display, validation_summary
+from llmkern.training.run_folder import BEST_NAME, RunFolder
+from llmkern.training.run_log import DATA_NAME, LOG_NAME, TENSORBOARD_NAME, RunLog
 from llmkern.training.signals import StopRequest
 from llmkern.training.state import Stopwatch, TrainingState
 from llmkern.training.stepping import Stepper
-from llmkern.training.texts import checked_lanes, fingerprint
+from llmkern.training.texts import (
+    checked_lanes,
+    default_batch_size,
+    default_eval_batch_size,
+    fingerprint,
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +45,9 @@ class TrainingResult:
         stop_reason: "epochs", "max_steps", "max_seconds", "patience" (no better epoch) or "interrupted".
         step: optimizer steps taken in all.
         epoch: epochs finished.
-        best_loss: the best validation loss of a finished epoch, in nats; None without one.
-        valid_loss: the last validation loss, also one in mid-epoch; None without one.
+        best_loss: the best validation loss, in nats, which is that of the model kept; None without one.
+        best_step: the step of that model.
+        valid_loss: the last validation loss of this call; None without one.
         history: one dict for each finished epoch: epoch, step, learning_rate, train_loss, valid_loss.
     """
 
@@ -41,6 +55,7 @@ class TrainingResult:
     step: int
     epoch: int
     best_loss: float | None
+    best_step: int | None
     valid_loss: float | None
     history: list[dict[str, Any]]
 
@@ -55,6 +70,7 @@ class _Session:
     began: float = field(default_factory=time.monotonic)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     valid_loss: float | None = None
+    valid_step: int | None = None
 
 
 class Trainer:
@@ -64,22 +80,26 @@ class Trainer:
     from step to step through the whole epoch; the gradient stops at the window's edge.
 
     With an ``output_dir`` the run leaves there: the checkpoint (last state), the model with the best validation loss
-    (the newest one without validation text), log.jsonl and tb/. A run resumed from its checkpoint gives the same bits
-    as one that was never stopped.
+    (the newest one without validation text), log.jsonl, tb/ and, if ``source`` is given, data.json. A run resumed from
+    its checkpoint gives the same bits as one that was never stopped.
 
     Args:
         model: a module with ``loss(ids [B, T], targets [B, T], state) -> (mean loss, state)``, state None at first.
-            Models of llmkern are also saved with ``save_pretrained``.
+            Models of llmkern are also saved with ``save_pretrained``; the best state_dict of others is best.pt, for
+            ``torch.load``. The state is made of tensors and plain values in tuples, named tuples, lists and dicts.
         arguments: how to train.
-        train_ids: the text, int64 [N].
-        valid_ids: the validation text, int64 [M]; None trains without.
+        train_ids: the text, int64 or int32 [N].
+        valid_ids: the validation text, int64 or int32 [M]; None trains without.
         output_dir: the run's folder, made if need be; None writes nothing.
         tokenizer: saved in the checkpoint and with the model.
+        source: where the texts come from, as JSON holds it; saved in the checkpoint and as data.json.
         show_progress: a bar on standard error, or lines where that is no terminal.
 
     Raises:
-        ValueError: a text is too short for its batch size, or has ids the model does not know; or the precision
-            does not go with the model's device.
+        TypeError: the model has no ``loss``.
+        ValueError: the model has no parameters; a text is too short for its batch size, or has ids the model does not
+            know; a setting needs a validation text and there is none; schedule_steps ends before the run; or the
+            precision does not go with the model's device.
 
     Example:
         >>> trainer = Trainer(model, TrainingArguments(epochs=3), train_ids, valid_ids, output_dir="run")
@@ -95,69 +115,99 @@ class Trainer:
         *,
         output_dir: str | Path | None = None,
         tokenizer: Tokenizer | None = None,
+        source: dict[str, Any] | None = None,
         show_progress: bool = True,
     ) -> None:
         self.model = model
-        self.arguments = arguments
         self.state = TrainingState()
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.tokenizer = tokenizer
+        self.source = source
+        _check_model(model)
         self.device = next(model.parameters()).device
-        if arguments.precision == "bf16" and self.device.type != "cuda":
-            raise ValueError(
-                f"llmkern.Trainer: expected precision float32 for a model on {self.device}, got bf16, "
-                f"which needs CUDA"
-            )
         self._show_progress = show_progress
-        self.eval_batch_size = arguments.eval_batch_size or arguments.batch_size
+        self._valid_ids = valid_ids
+        self.arguments = arguments = _completed(arguments, train_ids, valid_ids)
+        self._check_arguments()
+        assert arguments.batch_size is not None and arguments.eval_batch_size is not None
+        self.eval_batch_size = arguments.eval_batch_size
         lanes = checked_lanes("train_ids", train_ids, "batch_size", arguments.batch_size, model)
         self._lanes = lanes.to(self.device)
         self.data = {"train_ids": fingerprint(train_ids)}
         if valid_ids is not None:
             checked_lanes("valid_ids", valid_ids, "eval_batch_size", self.eval_batch_size, model)
             self.data["valid_ids"] = fingerprint(valid_ids)
-        self._valid_ids = valid_ids
         self.steps_per_epoch = math.ceil((self._lanes.shape[1] - 1) / arguments.bptt)
         self.total_steps = arguments.epochs * self.steps_per_epoch
         if arguments.max_steps is not None:
             self.total_steps = min(self.total_steps, arguments.max_steps)
-        self.stepper = Stepper(model, arguments, self.steps_per_epoch, self.total_steps)
+        self._settle_schedule()
+        self.stepper = Stepper(
+            model,
+            arguments,
+            self.steps_per_epoch,
+            self.arguments.schedule_steps or self.total_steps,
+        )
 
-    def train(self, *, resume: bool = False) -> TrainingResult:
+    def train(self, *, resume: bool = False, overwrite: bool = False) -> TrainingResult:
         """Trains until an end is reached.
 
         Ctrl-C (and SIGTERM) finishes the step, saves and returns; a second Ctrl-C is a KeyboardInterrupt.
 
         Args:
             resume: go on from the newest checkpoint in output_dir.
+            overwrite: replace the run in output_dir, if there is one. It stays as it is until this run has taken a
+                step and saved its first checkpoint; files that no run made are left alone.
 
         Raises:
             FileNotFoundError: there is no checkpoint to resume from.
-            ValueError: the checkpoint is corrupt, or of another model, text or training; or output_dir holds a
-                checkpoint and ``resume`` is False.
+            FileExistsError: output_dir holds a run, and neither resume nor overwrite is set; or it holds files that
+                this run would write and that no run made.
+            ValueError: the checkpoint is corrupt, or of another model, text or training.
+            TypeError: the model's state, or what it carries from step to step, cannot be saved and read again.
+            RuntimeError: another process trains in output_dir; names it.
             FloatingPointError: the loss or the gradient is NaN or infinite; names the step. The parameters and
                 the last checkpoint are those before that step.
             MemoryError: a step needs more memory than there is.
             OSError: a checkpoint cannot be written; the one before is unharmed.
         """
-        self._prepare_folder(resume)
-        if resume:
-            snapshots.restore(self)
-        elif self.state.step == 0:
-            torch.manual_seed(self.arguments.seed)
-            self._save(log_size=0)  # shows now whether the folder can be written to
+        if resume and self.output_dir is None:
+            raise ValueError("llmkern.Trainer: expected an output_dir to resume from, got None")
+        self._folder = RunFolder(
+            self.output_dir,
+            self._file_names(),
+            resume=resume,
+            overwrite=overwrite,
+            begun=self.state.step > 0,
+            show=self._show_progress,
+        )
+        with self._folder:
+            if resume:
+                snapshots.restore(self, self._lanes.shape[1])
+            elif self.state.step == 0:
+                torch.manual_seed(self.arguments.seed)
+                self._save(log_size=0)  # shows now whether the folder can be written to
+            self._save_source()
+            return self._train()
+
+    def _train(self) -> TrainingResult:
         state = self.state
         with StopRequest() as request:
             log = RunLog(
-                self.output_dir,
+                self._folder.path,
                 tensorboard=self.arguments.tensorboard,
                 size=state.log_size,
                 step=state.step,
             )
+            self._folder.followers.append(log)
             display = make_display(self.total_steps, state.step, show=self._show_progress)
             try:
                 with log:
-                    return self._run(_Session(request, log, display))
+                    result = self._run(_Session(request, log, display))
+                    if result.stop_reason == "interrupted" and self._folder.is_beside_another:
+                        raise KeyboardInterrupt  # before a step: what is there is worth more
+                    self._folder.settle()
+                    return result
             finally:
                 display.close()
 
@@ -178,9 +228,42 @@ class Trainer:
             step=state.step,
             epoch=state.epoch,
             best_loss=state.best_loss,
+            best_step=state.best_step,
             valid_loss=session.valid_loss,
             history=state.history,
         )
+
+    def _check_arguments(self) -> None:
+        """What the settings need of the model and of the texts."""
+        arguments = self.arguments
+        if arguments.precision == "bf16" and self.device.type != "cuda":
+            raise ValueError(
+                f"llmkern.Trainer: expected precision float32 for a model on {self.device}, got bf16, "
+                f"which needs CUDA"
+            )
+        validating = {
+            "lr_schedule 'plateau'": arguments.lr_schedule == "plateau",
+            f"patience {arguments.patience}": arguments.patience is not None,
+            f"eval_every_steps {arguments.eval_every_steps}": arguments.eval_every_steps > 0,
+        }
+        needs = [name for name, is_set in validating.items() if is_set]
+        if needs and self._valid_ids is None:
+            raise ValueError(
+                f"llmkern.Trainer: expected a validation text for {' and '.join(needs)}, which has no effect without"
+                " one, got None"
+            )
+
+    def _settle_schedule(self) -> None:
+        """Where the cosine ends is decided once, when the run begins, and saved with its settings."""
+        if self.arguments.lr_schedule != "cosine":
+            return
+        steps = self.arguments.schedule_steps or self.total_steps
+        if self.total_steps > steps:
+            raise ValueError(
+                f"llmkern.Trainer: expected epochs or max_steps to end the run at step {steps} at the latest, where "
+                f"its cosine ends (schedule_steps: the learning rate is 0 from there on), got {self.total_steps} steps"
+            )
+        self.arguments = replace(self.arguments, schedule_steps=steps)
 
     def _finished(self) -> str | None:
         """Why there is no further epoch, if so."""
@@ -229,76 +312,138 @@ class Trainer:
                 session.display.interval(state.step, **values)
                 state.end_interval()
                 session.stopwatch.start()
-            if arguments.save_every_steps and state.step % arguments.save_every_steps == 0:
+            if self._is_due(arguments.eval_every_steps) and not self._at_epochs_end():
+                self._validate_in_epoch(session)
+                session.stopwatch.start()
+            if self._is_due(arguments.save_every_steps):
                 self._save(session.log.size)
         return None
 
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.state.step % every == 0
+
+    def _at_epochs_end(self) -> bool:
+        return self.state.position == self._lanes.shape[1] - 1
+
     def _evaluate(self, session: _Session) -> float | None:
+        """The validation loss; None without a validation text."""
         if self._valid_ids is None:
             return None
-        result = evaluate(
-            self.model,
-            self._valid_ids,
-            batch_size=self.eval_batch_size,
-            bptt=self.arguments.bptt,
-            accuracy=False,
-            on_progress=lambda done, total: session.display.note(f"validating {done / total:.0%}"),
-        )
-        session.valid_loss = result.loss
+        try:
+            result = evaluate(
+                self.model,
+                self._valid_ids,
+                batch_size=self.eval_batch_size,
+                bptt=self.arguments.bptt,
+                accuracy=False,
+                on_progress=lambda done, total: session.display.note(
+                    f"validating {done / total:.0%}"
+                ),
+            )
+        except (RuntimeError, MemoryError) as error:
+            where = f"llmkern.Trainer: out of memory in the validation after step {self.state.step}"
+            reraise_out_of_memory(
+                error, where, eval_batch_size=self.eval_batch_size, bptt=self.arguments.bptt
+            )
+        if math.isnan(result.loss):
+            raise FloatingPointError(
+                f"llmkern.Trainer: expected a validation loss that is a number, got nan after step {self.state.step}; "
+                f"lower learning_rate (now {self.stepper.learning_rate.value:g}) or clip the gradient harder "
+                f"(max_grad_norm, now {self.arguments.max_grad_norm})"
+            )
+        session.valid_loss, session.valid_step = result.loss, self.state.step
         values = {"loss": result.loss, "perplexity": result.perplexity}
         session.log.write("validation", self.state.step, epoch=self.state.epoch + 1, **values)
         return result.loss
+
+    def _validate_in_epoch(self, session: _Session) -> None:
+        """Validates between two ends of epochs, and keeps the model if it is the best."""
+        valid_loss = self._evaluate(session)
+        assert valid_loss is not None  # the settings that lead here need a validation text
+        session.display.line(validation_summary(self.state.step, self.total_steps, valid_loss))
+        if self.state.validated(valid_loss):
+            self._export()
 
     def _end_epoch(self, session: _Session) -> None:
         state = self.state
         valid_loss = self._evaluate(session)
         if valid_loss is not None:
             self.stepper.learning_rate.after_epoch(valid_loss)
-        is_best = state.end_epoch(valid_loss)
+        state.end_epoch(valid_loss)
         self.stepper.hidden = None
         record = state.history[-1]
         session.log.write("epoch", **record)
         session.display.line(epoch_summary(record, self.arguments.epochs))
-        if is_best:
+        if valid_loss is None or state.validated(valid_loss):
             self._export()
         self._save(session.log.size)
 
     def _stop_in_epoch(self, session: _Session, reason: str) -> None:
-        """Saves first. A first epoch's model is better than none; a later one does not replace the best."""
+        """Saves first. The best model stays the best: this one is kept if it is better, or the first."""
         self._save(session.log.size)
-        if reason != "interrupted":
-            self._evaluate(session)
-        if self.state.epoch == 0:
+        validates = self._valid_ids is not None and reason != "interrupted"
+        if validates and session.valid_step != self.state.step:
+            self._validate_in_epoch(session)
+            self._save(session.log.size)
+        if self.state.best_loss is None:
             self._export()
 
-    def _prepare_folder(self, resume: bool) -> None:
-        folder = self.output_dir
-        if folder is None:
-            if resume:
-                raise ValueError("llmkern.Trainer: expected an output_dir to resume from, got None")
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"llmkern.Trainer: could not make the folder {folder}: {error.strerror}",
-            ) from error
-        if not resume and self.state.step == 0 and checkpoints.list_checkpoints(folder):
-            raise ValueError(
-                f"llmkern.Trainer: {folder} holds the checkpoint of another run; resume it or train elsewhere"
-            )
-        remove_temporaries(folder)
-
     def _save(self, log_size: int) -> None:
-        if self.output_dir is not None:
+        if self._folder.path is not None:
             self.state.log_size = log_size
-            content = snapshots.take(self)
+            content = snapshots.take(self, self._folder.files)
             checkpoints.save_checkpoint(
-                self.output_dir, self.state.step, content, keep=self.arguments.keep
+                self._folder.path, self.state.step, content, keep=self.arguments.keep
             )
+            if self.state.step > 0:
+                self._folder.settle()
+
+    def _file_names(self) -> set[str]:
+        """What the run writes besides checkpoints."""
+        names = {LOG_NAME}
+        if self.arguments.tensorboard:
+            names.add(TENSORBOARD_NAME)
+        if self.source is not None:
+            names.add(DATA_NAME)
+        if not isinstance(snapshots.uncompiled(self.model), PretrainedMixin):
+            return names | {BEST_NAME}
+        return names | {CONFIG_NAME, WEIGHTS_NAME} | ({TOKENIZER_NAME} if self.tokenizer else set())
+
+    def _save_source(self) -> None:
+        """Writes where the texts come from, for whoever evaluates the model later."""
+        if self._folder.path is not None and self.source is not None:
+            text = json.dumps(self.source, indent=2) + "\n"
+            write_files(self._folder.path, {DATA_NAME: text.encode()})
 
     def _export(self) -> None:
-        """Saves the model as it is for use, where it knows how."""
-        if self.output_dir is not None and isinstance(self.model, PretrainedMixin):
-            self.model.save_pretrained(self.output_dir, self.tokenizer)
+        """Saves the model as it is for use: where it knows how, as its own files, else its state_dict."""
+        if self._folder.path is None:
+            return
+        model = snapshots.uncompiled(self.model)
+        if isinstance(model, PretrainedMixin):
+            model.save_pretrained(self._folder.path, self.tokenizer)
+        else:
+            checkpoints.save_state(self._folder.path / BEST_NAME, model.state_dict())
+
+
+def _check_model(model: nn.Module) -> None:
+    if not callable(getattr(model, "loss", None)):
+        raise TypeError(
+            "llmkern.Trainer: expected a model with a method loss(ids, targets, state) that returns the mean loss and "
+            f"the next state, got a {type(model).__name__} without one"
+        )
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"llmkern.Trainer: expected a model with parameters, got a {type(model).__name__} without any"
+        )
+
+
+def _completed(
+    arguments: TrainingArguments, train_ids: Tensor, valid_ids: Tensor | None
+) -> TrainingArguments:
+    """The settings with the batch sizes that were left to the length of the texts."""
+    bptt = arguments.bptt
+    batch_size = arguments.batch_size or default_batch_size(len(train_ids), bptt)
+    tokens = len(train_ids if valid_ids is None else valid_ids)
+    eval_batch_size = arguments.eval_batch_size or default_eval_batch_size(tokens, bptt, batch_size)
+    return replace(arguments, batch_size=batch_size, eval_batch_size=eval_batch_size)

@@ -124,6 +124,57 @@ def test_training_that_diverges(fails, monkeypatch):
     assert "expected a finite loss, got nan in step 1" in message
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--momentum", 0.9], "expected momentum beside optimizer sgd or rmsprop alone"),
+        (["--warmup-steps", 5], "expected warmup_steps beside lr_schedule cosine alone"),
+        (["--preset", "zaremba-small", "--rmsprop-alpha", 0.5], "expected rmsprop_alpha beside"),
+        (["--patience", 3, "--valid-fraction", 0], "expected a validation text for patience 3"),
+        (
+            ["--lr-schedule", "plateau", "--valid-fraction", 0],
+            "for lr_schedule 'plateau', which has",
+        ),
+        (["--eval-every-steps", 3, "--valid-fraction", 0], "for eval_every_steps 3, which has no"),
+        (["--valid-fraction", 0.2, "valid.txt"], "expected it left out where valid.txt is the"),
+    ],
+    ids=str,
+)
+def test_options_without_effect(fails, options, message):
+    Path("valid.txt").write_text(toys.TEXT)
+    assert message in fails(2, "train", "text.txt", "--output", "run", *SMALL, *options)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "lower"),
+    [
+        (
+            ["train", "text.txt", "--output", "other", *SMALL],
+            "__init__",
+            "--batch-size, --bptt, --hid",
+        ),
+        (["evaluate", "run", "text.txt"], "forward", "--batch-size"),
+        (["generate", "run"], "hidden_states", "--num-return-sequences"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_too_little_memory(trained, fails, monkeypatch, command, method, lower):
+    def greedy(*args, **options):
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: tried to allocate 4294967296 bytes"
+        )
+
+    monkeypatch.setattr(LanguageModel, method, greedy)
+    if command[0] == "generate":
+        command = [*command, "--prompt", "the", "--num-return-sequences", 2]
+    message = fails(1, *command)
+    assert (
+        f"out of memory, 4,294,967,296 bytes (4.0 GiB) more were asked for; lower {lower}"
+        in message
+    )
+
+
 @pytest.mark.parametrize("command", [["evaluate", "run", "text.txt"], ["generate", "run"]], ids=str)
 def test_models_that_cannot_be_used(trained, fails, command):
     weights = Path("run/model.safetensors")
@@ -150,8 +201,8 @@ def test_a_model_without_a_tokenizer(fails):
     ("options", "message"),
     [
         (["--prompt", "the Q"], "got 'Q' (U+0051) at position 4"),
-        (["--temperature", -1], "expected temperature to be a finite number >= 0, got -1.0"),
-        (["--top-p", 0], "expected top_p to be a number in (0, 1], got 0.0"),
+        (["--temperature", -1], "expected temperature in [0, inf), got -1.0"),
+        (["--top-p", 0], "expected top_p in (0, 1], got 0.0"),
         (["--max-new-tokens", 0], "expected max_new_tokens to be an int >= 1, got 0"),
         (["--stop", ""], "expected stop_strings to be texts that are not empty"),
     ],

@@ -27,7 +27,7 @@ def test_a_file_in_a_run_folder_out(llmkern):
     assert "stopped by epochs after step 18, epoch 2" in done.stdout
     assert "llmkern generate deep/run" in done.stdout
     names = {path.name for path in Path("deep/run").iterdir()}
-    files = {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl", "tb"}
+    files = {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl", "tb", "data.json"}
     assert names == files | {"checkpoint-0000000018.pt"}
     epochs = [json.loads(line) for line in Path("deep/run/log.jsonl").read_text().splitlines()]
     best = min(e["valid_loss"] for e in epochs if e["event"] == "epoch")
@@ -87,12 +87,12 @@ def test_every_option_arrives(llmkern):
         "max_grad_value": 2.0,
         "lr_schedule": "decay",
         "lr_decay": 0.5,
-        "lr_decay_after": 1,
-        "warmup_steps": 3,
+        "lr_decay_after": 2,
         "loss_reduction": "sum_time",
         "patience": 4,
         "seed": 9,
         "eval_batch_size": 4,
+        "eval_every_steps": 2,
         "save_every_steps": 3,
         "keep": 2,
         "max_steps": 7,
@@ -108,6 +108,38 @@ def test_every_option_arrives(llmkern):
     assert saved["tie_weights"] is True
     assert saved["tensorboard"] is False
     assert len(list_checkpoints("run")) == 2
+
+
+def test_a_preset_gives_way_to_another_schedule_or_optimizer(llmkern):
+    options = ["--preset", "char-rnn", "--lr-schedule", "constant", "--optimizer", "adam"]
+    sizes = ["--batch-size", 4, "--hidden-size", 8, "--max-steps", 1, "--quiet"]
+    done = llmkern("train", "text.txt", "--output", "run", *options, *sizes)
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_twenty_lines_train_with_the_default_settings(llmkern, kind):
+    Path("text.txt").write_text("".join(toys.TEXT.splitlines(keepends=True)[:20]))
+    line = ["train", "text.txt", "--output", "run", "--tokenizer", kind, "--epochs", 1]
+    done = llmkern(*line, "--hidden-size", 16, "--embedding-dim", 16)
+    assert done.exit_code == 0, done.output
+    assert load_checkpoint("run")["state"]["step"] >= 4
+    assert "batch size 1;" in done.stderr
+
+
+def test_a_seed_is_drawn_printed_and_saved(llmkern):
+    options = [*SMALL[:-3], "--max-steps", 2]
+    assert "--seed" not in options
+    seeds = []
+    for run in ("a", "b"):
+        done = llmkern("train", "text.txt", "--output", run, *options)
+        seed = load_checkpoint(run)["arguments"]["seed"]
+        assert f"; seed {seed}" in done.stdout
+        assert f"; seed {seed}" in done.stderr
+        seeds.append(seed)
+    assert seeds[0] != seeds[1]
+    llmkern("train", "text.txt", "--output", "c", *options, "--seed", seeds[0])
+    assert_same_run("a", "c")
 
 
 def test_zero_switches_clipping_off(llmkern):
@@ -212,14 +244,14 @@ def test_interrupted_by_ctrl_c(llmkern):
     assert process.returncode == 130, err
     assert err == ""
     assert "stopped by interrupted after step" in out
-    assert "llmkern train text.txt --output run --resume" in out
+    assert "llmkern train text.txt --output run --resume\n" in out
     LanguageModel.from_pretrained("run")
 
 
 def test_a_run_is_replaced_only_when_asked(trained, fails):
     before = Path("run/model.safetensors").read_bytes()
     message = fails(2, "train", "text.txt", "--output", "run", *SMALL)
-    assert "--output: run holds a run; give --resume to go on with it, --overwrite" in message
+    assert "run holds a run; give --resume (resume=True) to go on with it, --overwrite" in message
     assert Path("run/model.safetensors").read_bytes() == before
     Path("run/notes.txt").write_text("mine")
     done = trained("train", "text.txt", "--output", "run", *SMALL, "--overwrite", "--seed", 1)
@@ -233,10 +265,10 @@ def test_a_run_is_replaced_only_when_asked(trained, fails):
     [
         (
             ["--hidden-size", 20],
-            "--resume: expected --hidden-size 16 as in the run's checkpoint, got 20",
+            "--resume: expected --hidden-size 16 as in the run's checkpoint, got --hidden-size 20",
         ),
         (["--tokenizer", "word"], "--resume: expected --tokenizer char as in the run's"),
-        (["--bptt", 13], "trained with other settings: expected bptt 12, got 13"),
+        (["--bptt", 13], "--resume: expected --bptt 12 as in the run's checkpoint, got --bptt 13"),
         (["--overwrite"], "expected --resume or --overwrite, got both"),
     ],
     ids=str,

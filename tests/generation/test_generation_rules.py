@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """generate(): every setting does what its name says, and a wrong one is named."""
 
+import itertools
+import types
+
 import pytest
+import tokenizers
 import torch
 from torch import nn
 
+from llmkern.generation.constraints import Constraints
 from llmkern.models import GenerationConfig
+from llmkern.text import Tokenizer
 from tests.models import toys
 from tests.models.toys import Chain, greedy
 
@@ -95,6 +101,80 @@ def test_stop_strings_may_span_tokens():
     assert greedy([2, 3], chain, stop_strings="cd", max_new_tokens=8) == [4, 5, 0, 1, 2, 3]
 
 
+def test_stop_strings_may_begin_in_the_prompt():
+    chain = Chain(vocab_size=6, tokenizer=toys.tokenizer(text="abcdef"))
+    assert greedy([1, 2], chain, stop_strings="bcd", max_new_tokens=8) == [3]
+    assert greedy([0, 1, 2], chain, stop_strings="abcdef", max_new_tokens=8) == [3, 4, 5]
+
+
+STOP_PIECES = ("st", "op", "sto", "pper", "las", "topper", "s", "to", "pped", "at", "a", "p", "o")
+
+
+@pytest.mark.parametrize("prompt_length", [1, 2])
+def test_stop_strings_end_where_transformers_ends(prompt_length):
+    """Every text of three tokens, its beginning a prompt: one criterion, the other, the same answer."""
+    transformers = pytest.importorskip("transformers")
+    words = {piece: i for i, piece in enumerate((*STOP_PIECES, "abcdef"))}  # it needs the last
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    backend.decoder = tokenizers.decoders.Fuse()
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    ours = types.SimpleNamespace(
+        kind="jieba", visible_forms=lambda ids: [STOP_PIECES[id] for id in ids]
+    )
+    for stops in (["stop"], ["opp", "sat"], ["p", "tost"]):
+        constraints = Constraints(GenerationConfig(stop_strings=stops), ours)
+        criterion = transformers.StopStringCriteria(theirs, stops)
+        texts = list(itertools.product(range(len(STOP_PIECES)), repeat=3))
+        expected = criterion(torch.tensor(texts), None).tolist()
+        got = [
+            constraints.finish_reason(list(ids[:prompt_length]), list(ids[prompt_length:]))
+            for ids in texts
+        ]
+        assert got == ["stop" if stop else None for stop in expected]
+        assert 0 < sum(expected) < len(texts)
+
+
+def test_tokens_without_text_do_not_hide_a_stop_string():
+    tokenizer = Tokenizer.train("ab", kind="char", special_tokens=("<bos>", "<pad>"))
+    constraints = Constraints(GenerationConfig(stop_strings="ab"), tokenizer)
+    assert constraints.finish_reason([2], [0] * 30 + [3]) == "stop"
+    assert constraints.finish_reason([2, 3], [0] * 30) is None
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "jieba", "bpe"])
+def test_an_empty_prompt_has_a_beginning(kind):
+    model = toys.talking_model(kind)
+    result = model.generate("", max_new_tokens=3, seed=1, return_dict_in_generate=True)
+    assert result.sequences[0, 0] == model.tokenizer.start_id
+    assert result.prompt_lengths == [1]
+
+
+def test_unknown_characters_of_a_prompt():
+    model = toys.talking_model("char")
+    known = model.generate("the cat", max_new_tokens=5, seed=1)
+    assert model.generate("tQhe cZat", max_new_tokens=5, seed=1, unknown="drop") == known
+    for unknown in (None, "error", "replace"):
+        with pytest.raises(ValueError, match=r"got 'Q' \(U\+0051\) at position 1, not among the"):
+            model.generate("tQhe cat", unknown=unknown)
+    with pytest.raises(ValueError, match=r"unknown to be one of \('error', 'drop', 'replace'\)"):
+        model.generate("the", unknown="skip")
+
+
+def test_unknown_words_of_a_prompt():
+    model = toys.talking_model("word")
+
+    def prompt(text, **options):
+        result = model.generate(text, max_new_tokens=1, return_dict_in_generate=True, **options)
+        return result.sequences[0, :-1].tolist()
+
+    unk = model.tokenizer.unk_id
+    the, cat = model.tokenizer.encode("the cat")
+    assert prompt("the quark cat") == prompt("the quark cat", unknown="replace") == [the, unk, cat]
+    assert prompt("the quark cat", unknown="drop") == [the, cat]
+    with pytest.raises(ValueError, match="got 'quark' at position 1, not among the"):
+        prompt("the quark cat", unknown="error")
+
+
 def test_settings_from_a_config_with_changes():
     config = GenerationConfig(max_new_tokens=4, do_sample=False)
     assert Chain().generate([0], config).tolist() == [[0, 1, 2, 3, 4]]
@@ -112,17 +192,17 @@ def test_settings_from_a_config_with_changes():
             {"min_new_tokens": 200},
             "expected min_new_tokens to be at most max_new_tokens = 100, got 200",
         ),
-        ({"temperature": -0.5}, "expected temperature to be a finite number >= 0, got -0.5"),
+        ({"temperature": -0.5}, r"expected temperature in \[0, inf\), got -0.5"),
         ({"temperature": float("nan")}, "expected temperature .* got nan"),
         ({"temperature": float("inf")}, "expected temperature .* got inf"),
-        ({"top_k": -1}, "expected top_k to be an int >= 0, got -1"),
-        ({"top_p": 0.0}, r"expected top_p to be a number in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5}, r"expected top_p to be a number in \(0, 1\], got 1.5"),
-        ({"min_p": -0.1}, r"expected min_p to be a number in \[0, 1\], got -0.1"),
+        ({"top_k": -1}, "expected top_k to be a whole number >= 0, got -1"),
+        ({"top_p": 0.0}, r"expected top_p in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"expected top_p in \(0, 1\], got 1.5"),
+        ({"min_p": -0.1}, r"expected min_p in \[0, 1\], got -0.1"),
         ({"typical_p": 0.0}, "expected typical_p"),
         (
             {"repetition_penalty": 0.0},
-            "expected repetition_penalty to be a finite number > 0, got 0.0",
+            r"expected repetition_penalty in \(0, 3.4e38\], got 0.0",
         ),
         ({"num_return_sequences": 0}, "expected num_return_sequences to be an int >= 1, got 0"),
         (
@@ -182,7 +262,7 @@ def test_an_unknown_character_is_named():
     model = toys.model(len(known)).eval()
     model.tokenizer = with_unknown
     with pytest.raises(
-        ValueError, match=rf"character 'Q' at position 4 is not among the {len(known)}"
+        ValueError, match=rf"got 'Q' \(U\+0051\) at position 4, not among the {len(known)}"
     ):
         model.generate("the Q")
 

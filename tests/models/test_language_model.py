@@ -142,7 +142,7 @@ def test_dropout_between_layers_is_for_several_layers():
         ({"hidden_size": 2.5}, "expected hidden_size to be an int >= 1, got 2.5"),
         ({"num_layers": True}, "expected num_layers to be an int >= 1, got True"),
         ({"dropout": 1.0}, r"expected dropout in \[0, 1\), got 1.0"),
-        ({"init_range": 0.0}, "expected init_range > 0 or None, got 0.0"),
+        ({"init_range": 0.0}, "expected a finite init_range > 0 or None, got 0.0"),
         ({"tie_weights": True, "embedding_dim": 8}, "for tie_weights=True, got 8 and 512"),
     ],
 )

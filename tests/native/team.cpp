@@ -4,7 +4,10 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
+#include <mutex>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 using namespace llmkern;
@@ -14,11 +17,23 @@ namespace {
 
 constexpr int64_t kThreads = 3, kParts = 7, kSteps = 200;
 
+// Calls body(i, i + 1) for [0, n), each on a thread of its own; throws what the first that failed has thrown.
 void side_by_side(int64_t n, int64_t, Parallel::Body body, const void* context) {
+  std::mutex mutex;
+  std::exception_ptr failure;
+  const auto call = [&](int64_t i) {
+    try {
+      body(context, i, i + 1);
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      if (!failure) failure = std::current_exception();
+    }
+  };
   std::vector<std::thread> threads;
-  for (int64_t i = 1; i < n; ++i) threads.emplace_back([=] { body(context, i, i + 1); });
-  body(context, 0, 1);
+  for (int64_t i = 1; i < n; ++i) threads.emplace_back(call, i);
+  call(0);
   for (std::thread& thread : threads) thread.join();
+  if (failure) std::rethrow_exception(failure);
 }
 
 void one_after_another(int64_t n, int64_t, Parallel::Body body, const void* context) {
@@ -57,32 +72,17 @@ void check(const char* name, const Parallel& parallel) {
   }
 }
 
-// A worker that fails does not leave the others waiting for ever: the number of workers, all of which stopped.
-int fail_together() {
-  std::atomic<int> working{0}, stopped{0};
-  const auto body = [&](const Share& share) {
-    working.fetch_add(1);
-    try {
+// A worker that fails does not leave the others waiting for ever, and its caller hears of it.
+void check_failure(const char* name, const Parallel& parallel) {
+  try {
+    run_team(parallel, kParts, [](const Share& share) {
       if (share.begin == 0) throw std::runtime_error("planted");
       share.barrier.wait();
-    } catch (const std::runtime_error&) {
-      stopped.fetch_add(1);
-      share.barrier.give_up();
-    }
-  };
-  run_team(Parallel(side_by_side, kThreads), kParts, body);
-  if (stopped.load() == working.load()) return working.load();
-  std::printf("failure: expected %d workers to stop, got %d\n", working.load(), stopped.load());
-  std::exit(1);
-}
-
-// On a busy machine a thread may come late, and is rightly not waited for; such a round shows nothing.
-void check_failure() {
-  constexpr int kRounds = 1000;
-  for (int round = 0; round < kRounds; ++round) {
-    if (fail_together() > 1) return;
+    });
+  } catch (const std::runtime_error& error) {
+    if (std::string(error.what()) == "planted") return;
   }
-  std::printf("failure: no two workers met in %d rounds\n", kRounds);
+  std::printf("%s: expected the error of the worker that failed\n", name);
   std::exit(1);
 }
 
@@ -94,5 +94,7 @@ int main() {
   check("all in one call", Parallel(all_in_one_call, kThreads));
   check("two calls", Parallel(two_calls, kThreads));
   check("alone", Parallel::alone());
-  check_failure();
+  check_failure("failure side by side", Parallel(side_by_side, kThreads));
+  check_failure("failure one after another", Parallel(one_after_another, kThreads));
+  check_failure("failure alone", Parallel::alone());
 }

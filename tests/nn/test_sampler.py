@@ -210,7 +210,7 @@ def test_what_the_docstring_says_below_the_table():
         ({"temperature": -0.5}, ValueError, r"expected temperature in \[0, inf\), got -0.5"),
         ({"top_p": 0}, ValueError, r"expected top_p in \(0, 1\], got 0"),
         ({"top_k": 1.5}, ValueError, "expected top_k to be a whole number >= 0, got 1.5"),
-        ({"min_p": "0.1"}, TypeError, "expected min_p to be a number or a Tensor .* got str"),
+        ({"min_p": "0.1"}, TypeError, "expected min_p to be a number, got str"),
     ],
 )
 def test_settings_are_checked_at_once(settings, error, message):

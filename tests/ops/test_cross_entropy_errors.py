@@ -15,13 +15,18 @@ BAD_CALLS = [
     ({"input": [1.0]}, TypeError, "expected input to be a Tensor, got list"),
     ({"target": 3}, TypeError, "expected target to be a Tensor, got int"),
     ({"weight": [1.0]}, TypeError, "expected weight to be a Tensor, got list"),
-    ({"input": GOOD["input"].half()}, TypeError, "dtype float32 or float64, got float16"),
+    ({"input": GOOD["input"].int()}, TypeError, "dtype float32 or .* or float16, got int32"),
     (
         {"linear_weight": torch.zeros(5, 4).double()},
         TypeError,
         "input's dtype float32, got float64",
     ),
-    ({"target": GOOD["target"].float()}, TypeError, "target of dtype int64, got float32"),
+    ({"target": GOOD["target"].float()}, ValueError, r"\[..., V\] = \[2, 3, 5\], got \[2, 3\]"),
+    (
+        {"target": torch.zeros(2, 3, 5), "ignore_index": -100},
+        ValueError,
+        "no ignore_index for probabilities, got -100",
+    ),
     ({"target": GOOD["target"].int()}, TypeError, "target of dtype int64, got int32"),
     ({"linear_weight": torch.zeros(5, 4).to("meta")}, ValueError, "linear_weight on meta"),
     ({"target": GOOD["target"].to("meta")}, ValueError, "input on cpu and target on meta"),
@@ -63,7 +68,10 @@ BAD_BINDING_CALLS = [
     ({"bias": torch.zeros(4)}, ValueError, r"bias .* of shape \[5\], got \[4\]"),
     ({"class_weight": torch.zeros(5).double()}, ValueError, "class weights of dtype Float"),
     ({"target": torch.zeros(5).long()}, ValueError, r"target of shape \[6\], got \[5\]"),
-    ({"target": torch.zeros(6).int()}, ValueError, "target of dtype Long, got Int"),
+    ({"target": torch.zeros(6).int()}, ValueError, "target of dtype Long or Float, got Int"),
+    ({"target": torch.zeros(6, 5).half()}, ValueError, "dtype Long or Float, got Half"),
+    ({"target": torch.zeros(6)}, ValueError, r"target of shape \[6, 5\], got \[6\]"),
+    ({"input": torch.zeros(6, 4).int()}, ValueError, "weight of dtype Int, got Float"),
     ({"target": torch.full((6,), 5)}, IndexError, r"\[0, 5\) or -100, got 5 at position 0"),
     ({"target": torch.tensor([0, 0, -1, 0, 0, 0])}, IndexError, "got -1 at position 2"),
     ({"reduction": 3}, ValueError, "reduction 0, 1 or 2, got 3"),
@@ -81,6 +89,7 @@ def test_the_binding_checks_too(change, error, message):
 SAVED = {"grad_loss": torch.zeros(())} | dict(list(BINDING.items())[:5])
 SAVED |= {"lse": torch.zeros(6).double(), "total_weight": torch.zeros(())}
 SAVED |= dict(list(BINDING.items())[5:])
+SAVED |= {f"needs_{name}": False for name in ("input", "weight", "bias", "target")}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +102,7 @@ SAVED |= dict(list(BINDING.items())[5:])
         ({"lse": torch.zeros(6)}, ValueError, "lse of dtype Double, got Float"),
         ({"total_weight": torch.zeros(1)}, ValueError, r"total_weight of shape \[\], got \[1\]"),
         ({"target": torch.full((6,), 9)}, IndexError, "got 9 at position 0"),
+        ({"needs_target": True}, ValueError, "gradient of probabilities alone, got classes"),
     ],
 )
 def test_the_backward_binding_checks_too(change, error, message):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from llmkern import _reference
 from llmkern.ops import dropout
@@ -159,6 +160,30 @@ def test_transforms_of_torch_func():
     assert torch.allclose(tangent, (2 * twice(x[0]) * v).sum())
     hessian = torch.func.hessian(loss)(x[0]).reshape(12, 12)
     assert torch.equal(hessian, torch.diag(2 * twice(torch.ones(3, 4)).flatten()))
+
+
+@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode(locked):
+    """Dual numbers have the tangent, and both ways to second derivatives the same value."""
+    x, v = torch.randn(2, 3, 2, 4, dtype=torch.float64)
+    f = lambda x: dropout(x, 0.5, locked=locked, seed=6)  # noqa: E731
+    with forward_ad.dual_level():
+        primal, tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x, v)))
+    assert torch.equal(primal, f(x))
+    assert torch.equal(tangent, f(v))
+    assert tangent.abs().max() > 0
+    smooth = lambda x: f(x.sin()).sin()  # noqa: E731
+    variable = x.clone().requires_grad_()
+    assert torch.autograd.gradcheck(smooth, variable, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(smooth, variable, check_fwd_over_rev=True)
+    loss = lambda x: smooth(x).sum()  # noqa: E731
+    _, one = torch.func.jvp(torch.func.grad(loss), (x,), (v,))
+    other = torch.func.grad(lambda x: torch.func.jvp(loss, (x,), (v,))[1])(x)
+    assert torch.allclose(one, other)
+    keep = f(torch.ones_like(x))
+    slope = f(x.sin()).cos() * keep * x.cos()
+    assert torch.allclose(torch.func.grad(loss)(x), slope)
 
 
 def test_compile_draws_anew_without_recompiling():

@@ -8,17 +8,17 @@ import torch.nn.functional as F
 
 import llmkern
 from llmkern import _reference
-from tests.conftest import assert_close
+from tests.conftest import TOLERANCE, assert_close
 
 # N, V, D: one row, primes, the widths of classic language models, more columns than one block, nothing at all.
 SHAPES = [(1, 1, 1), (7, 5, 3), (64, 17, 650), (33, 11, 1150), (400, 50, 7), (0, 4, 3), (5, 4, 0)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("N", "V", "D"), SHAPES)
 def test_gather_is_exact(isa, N, V, D, dtype, index_dtype):
-    table = torch.randn(V, D, dtype=dtype)
+    table = torch.randn(V, D).to(dtype)
     ids = torch.randint(V, (N,), dtype=index_dtype)
     assert torch.equal(llmkern.ops.embedding(ids, table), table[ids.long()])
 
@@ -39,6 +39,40 @@ def test_gradient_equals_reference_and_torch(isa, N, V, D, padding_idx, scale_gr
     assert_close(got, torch.from_numpy(np.asarray(expected)))
     (torchs,) = torch.autograd.grad(F.embedding(ids, table, **options), table, upstream)
     assert_close(got, torchs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale_grad_by_freq", [False, True])
+@pytest.mark.parametrize(("N", "V", "D"), SHAPES)
+def test_gradients_of_narrower_types(isa, N, V, D, scale_grad_by_freq, dtype):
+    """Summed in float32 and rounded once: within one rounding of the reference where a row gets many terms, and that
+    of the whole where it gets one."""
+    table = torch.zeros(V, D, dtype=dtype, requires_grad=True)
+    ids = torch.randint(V, (N,))
+    upstream = torch.randn(N, D).to(dtype)
+    options = {"padding_idx": 1 % V, "scale_grad_by_freq": scale_grad_by_freq}
+    (got,) = torch.autograd.grad(llmkern.ops.embedding(ids, table, **options), table, upstream)
+    expected = torch.from_numpy(
+        _reference.embedding_backward(
+            upstream.double().numpy(), ids.numpy(), V, 1 % V, scale_grad_by_freq
+        )
+    )
+    assert got.dtype == dtype
+    assert_close(got, expected)
+    if dtype != torch.float32:
+        wide = upstream.float().requires_grad_()
+        in_float32 = torch.ops.llmkern.embedding_backward.default(
+            wide.detach(), ids, V, 1 % V, scale_grad_by_freq
+        )
+        assert torch.equal(got, in_float32.to(dtype))
+
+
+def test_many_terms_of_16_bits_are_not_lost():
+    """A sum taken in bfloat16 stands still at 256 ones."""
+    table = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.ones(5000, dtype=torch.int64)
+    llmkern.ops.embedding(ids, table).sum().backward()
+    assert table.grad.tolist() == [[0, 0, 0], [4992, 4992, 4992]]  # 5000, rounded
 
 
 def test_reference_by_hand():
@@ -89,12 +123,17 @@ def test_opcheck():
     ids = torch.tensor([[0, 3], [4, 1]])
     torch.library.opcheck(torch.ops.llmkern.embedding.default, (ids, table, -1, False))
     torch.library.opcheck(torch.ops.llmkern.embedding.default, (ids, table.detach(), 2, True))
+    half = table.detach().to(torch.bfloat16).requires_grad_()
+    torch.library.opcheck(torch.ops.llmkern.embedding.default, (ids, half, 2, True))
+    grad = torch.randn(2, 2, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.llmkern.embedding_backward.default, (grad, ids, 5, 2, True))
 
 
-def test_same_bits_on_any_number_of_threads(on_threads):
-    table = torch.randn(1000, 400, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_same_bits_on_any_number_of_threads(on_threads, dtype):
+    table = torch.randn(1000, 400).to(dtype).requires_grad_()
     ids = torch.randint(1000, (5000,))
-    upstream = torch.randn(5000, 400)
+    upstream = torch.randn(5000, 400).to(dtype)
 
     def run():
         out = llmkern.ops.embedding(ids, table)
@@ -126,10 +165,10 @@ BAD_CALLS = [
     (([0], TABLE), {}, TypeError, "expected ids to be a Tensor, got list"),
     ((IDS.float(), TABLE), {}, TypeError, "expected ids of dtype int32 or int64, got float32"),
     (
-        (IDS, TABLE.half()),
+        (IDS, TABLE.long()),
         {},
         TypeError,
-        "expected weight of dtype float32 or float64, got float16",
+        "expected weight of dtype float32 or float64 or bfloat16 or float16, got int64",
     ),
     ((IDS, TABLE[0]), {}, ValueError, r"expected weight of shape \[V, D\], got \[3\]"),
     ((IDS, TABLE.to("meta")), {}, ValueError, "ids on cpu and weight on meta"),

@@ -171,54 +171,70 @@ def test_the_backward_binding_checks_too(name, change):
         torch.ops.llmkern.lstm_backward.default(*arguments.values())
 
 
-def layers_arguments(dtype=torch.float32):
+def layers_arguments(dtype=torch.float32, packs=False):
     layer = llmkern.nn.LSTM(4, 5, 2, dtype=dtype)
     state = torch.zeros(2, 3, 5, dtype=dtype)
-    with torch.no_grad():
-        packed = layer._packed.layers(layer)
-    return torch.zeros(2, 3, 4, dtype=dtype), state, state, packed, True
+    parameters = [p.detach() for p in layer.parameters()]
+    packed = [llmkern.ops.lstm_pack(*parameters[i : i + 2]) for i in (0, 4)] if packs else []
+    return torch.zeros(2, 3, 4, dtype=dtype), state, state, parameters, packed
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, h, c, p, b: (x[0, 0], h, c, p, b), r"input of 2 dimensions, got shape \[4\]"),
-        (lambda x, h, c, p, b: (x[:0], h, c, p, b), "at least one time step"),
-        (lambda x, h, c, p, b: (x, h[0], c, p, b), "h_0 of 3 dimensions"),
-        (lambda x, h, c, p, b: (x, h[:0], c[:0], p, b), "at least one hidden unit"),
-        (lambda x, h, c, p, b: (x, h[:, 1:], c, p, b), r"h_0 of shape \[2, 3, 5\]"),
-        (lambda x, h, c, p, b: (x, h, c[1:], p, b), r"c_0 of shape \[2, 3, 5\], got \[1, 3, 5\]"),
-        (lambda x, h, c, p, b: (x, h, c.double(), p, b), "c_0 of dtype Float, got Double"),
-        (lambda x, h, c, p, b: (x, h, c, p.double(), b), "packed of dtype Float, got Double"),
-        (lambda x, h, c, p, b: (x, h, c, p.repeat(2)[::2], b), "contiguous packed weights"),
-        (lambda x, h, c, p, b: (x, h, c, p[1:], b), "packed to hold layers with I, H = 4, 5"),
-        (lambda x, h, c, p, b: (x, h, c, p[:-1], b), "packed to hold layers with I, H = 5, 5"),
-        (lambda x, h, c, p, b: (x, h, c, p[:3], b), "packed to hold layers with I, H = 4, 5"),
-        (lambda x, h, c, p, b: (x, h, c, p, False), "packed to hold layers with I, H = 5, 5"),
-        (lambda x, h, c, p, b: (x[..., 1:], h, c, p, b), "packed to hold layers with I, H = 3, 5"),
-        (lambda x, h, c, p, b: (x.int(), h, c, p, b), "(packed|h_0) of dtype Int"),
+        (lambda x, h, c, w, p: (x[0, 0], h, c, w, p), r"input of 2 dimensions, got shape \[4\]"),
+        (lambda x, h, c, w, p: (x[:0], h, c, w, p), "at least one time step"),
+        (lambda x, h, c, w, p: (x, h[0], c, w, p), "h_0 of 3 dimensions"),
+        (lambda x, h, c, w, p: (x, h[:0], c[:0], w, p), "at least one hidden unit"),
+        (lambda x, h, c, w, p: (x, h[:, 1:], c, w, p), r"h_0 of shape \[2, 3, 5\]"),
+        (lambda x, h, c, w, p: (x, h, c[1:], w, p), r"c_0 of shape \[2, 3, 5\], got \[1, 3, 5\]"),
+        (lambda x, h, c, w, p: (x, h, c.double(), w, p), "c_0 of dtype Float, got Double"),
+        (
+            lambda x, h, c, w, p: (x, h, c, w[:7], p),
+            "2 or 4 parameters for each of 2 layers, got 7",
+        ),
+        (lambda x, h, c, w, p: (x, h, c, [], p), "2 or 4 parameters for each of 2 layers, got 0"),
+        (
+            lambda x, h, c, w, p: (x, h, c, [w[0].double(), *w[1:]], p),
+            "weight_ih of dtype Float, got Double",
+        ),
+        (
+            lambda x, h, c, w, p: (x, h, c, [w[0], w[1][1:], *w[2:]], p),
+            r"weight_hh of shape \[20, 5\], got \[19, 5\]",
+        ),
+        (
+            lambda x, h, c, w, p: (x, h, c, [*w[:7], w[7][1:]], p),
+            r"bias_hh of shape \[20\], got \[19\]",
+        ),
+        (lambda x, h, c, w, p: (x, h, c, w, p[:1]), "packed weights for none or each of 2 layers"),
+        (lambda x, h, c, w, p: (x, h, c, w, [p[0].double(), p[1]]), "packed of dtype Float"),
+        (lambda x, h, c, w, p: (x, h, c, w, [p[0][1:], p[1]]), "weights with I, H, P = 4, 5, 5"),
+        (lambda x, h, c, w, p: (x, h, c, w, [p[0], p[0]]), "weights with I, H, P = 5, 5, 5"),
+        (lambda x, h, c, w, p: (x[..., 1:], h, c, w, p), r"weight_ih of shape \[20, 3\]"),
+        (lambda x, h, c, w, p: (x.int(), h, c, w, p), "(weight_ih|h_0) of dtype Int"),
     ],
 )
 def test_errors_of_layers(change, message):
-    with pytest.raises(ValueError, match=r"llmkern\.lstm: expected " + message):
-        torch.ops.llmkern.lstm_layers.default(*change(*layers_arguments()))
+    with pytest.raises(ValueError, match=r"llmkern\.lstm: expected .*" + message):
+        torch.ops.llmkern.lstm_layers.default(*change(*layers_arguments(packs=True)))
 
 
-def test_layers_packed_for_another_instruction_set():
-    arguments, isa = layers_arguments(), torch.ops.llmkern.cpu_isa()
+def test_layers_packed_for_another_instruction_set_are_not_read():
+    *arguments, packed = layers_arguments(packs=True)
+    arguments[0], isa = torch.randn(2, 3, 4), torch.ops.llmkern.cpu_isa()
     torch.ops.llmkern.select_cpu_isa("generic")
     try:
-        if isa != "generic":
-            with pytest.raises(ValueError, match="for the instruction set in use"):
-                torch.ops.llmkern.lstm_layers.default(*arguments)
+        got = torch.ops.llmkern.lstm_layers.default(*arguments, packed)
+        expected = torch.ops.llmkern.lstm_layers.default(*arguments, [])
     finally:
         torch.ops.llmkern.select_cpu_isa(isa)
+    assert all(map(torch.equal, got, expected))
 
 
 def test_opcheck_of_layers():
     for dtype in (torch.float32, torch.float64):
-        arguments = layers_arguments(dtype)
+        arguments = layers_arguments(dtype, packs=True)
         torch.library.opcheck(torch.ops.llmkern.lstm_layers.default, arguments)
-        x, h, c, packed, has_bias = arguments
-        unbatched = x[:, 0], h[:, 0], c[:, 0], packed, has_bias, True
+        x, h, c, parameters, packed = arguments
+        unbatched = x[:, 0], h[:, 0], c[:, 0], parameters, packed, True
         torch.library.opcheck(torch.ops.llmkern.lstm_layers.default, unbatched)

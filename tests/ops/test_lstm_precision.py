@@ -209,10 +209,14 @@ def test_another_format_is_not_taken_for_ones_own(isa):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_autocast_casts_as_by_hand(dtype):
-    arguments = layer((4, 3, 6, 9), dtype=torch.float32)
+@pytest.mark.parametrize("state", [torch.float32, *HALVES], ids=str)
+def test_autocast_casts_as_by_hand(dtype, state):
+    """To the region's dtype or that of the state, whatever is wider."""
+    x, h_0, c_0, *parameters = layer((4, 3, 6, 9), dtype=torch.float32)
+    arguments = x, h_0.to(state), c_0.to(state), *parameters
     with torch.autocast("cpu", dtype):
         got = llmkern.ops.lstm(*arguments)
-    expected = llmkern.ops.lstm(*[t.to(dtype) for t in arguments])
+    wider = torch.promote_types(dtype, state)
+    expected = llmkern.ops.lstm(*[t.to(wider) for t in arguments])
     for a, b in zip(got, expected, strict=True):
-        assert a.dtype == dtype and torch.equal(a, b)
+        assert a.dtype == wider and torch.equal(a, b)

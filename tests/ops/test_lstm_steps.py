@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators behind a loop over cells: weights packed for the backward pass, and one product over many steps."""
+"""The operators behind a loop over cells: steps that read weights where they lie, and one product over many steps."""
 
 import pytest
 import torch
 
 import llmkern
 from tests.conftest import assert_close
-from tests.ops.test_lstm import layer, upstream_of
+from tests.ops.test_lstm import layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ops = torch.ops.llmkern
@@ -19,25 +19,24 @@ def saved_of(arguments, reverse=False):
     return output, *saved
 
 
-@pytest.mark.parametrize("weights", [True, False])
-@pytest.mark.parametrize("reverse", [True, False])
-@pytest.mark.parametrize("shape", [(1, 20, 33, 19), (3, 2, 7, 40), (2, 0, 3, 4), (1, 1, 1, 1)])
-def test_packed_weights_change_nothing(isa, shape, reverse, weights):
-    """Bit for bit, and where they were packed for another instruction set they are not read."""
-    for dtype in (torch.float32, torch.float64):
-        arguments = layer(shape, dtype=dtype)
-        saved = saved_of(arguments, reverse)
-        packed = ops.lstm_pack_backward.default(*arguments[3:5])
-        call = (*upstream_of(shape, dtype), None, *arguments, *[None] * 6, *saved)
-        options = {"reverse": reverse, "weights": weights}
-        expected = ops.lstm_backward.default(*call, **options)
-        got = ops.lstm_backward.default(*call, **options, packed=packed)
-        torch.ops.llmkern.select_cpu_isa("generic")
-        foreign = ops.lstm_backward.default(*call, **options, packed=packed)
-        torch.ops.llmkern.select_cpu_isa(isa)
-        for a, b, c in zip(got, expected, foreign, strict=True):
-            assert torch.equal(a, b)
-            assert_close(c, b, 1e-5)
+@pytest.mark.parametrize("shape", [(20, 33, 19), (3, 7, 40), (1, 1, 1), (2, 5, 131)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_a_step_backward_has_the_bits_of_a_sequence(isa, dtype, shape):
+    """One step multiplies by the weights where they lie; two pack them first. The second one adds nothing here."""
+    B, I, H = shape  # noqa: E741
+    two = layer((2, B, I, H), dtype=dtype)
+    one = [two[0][:1], *two[1:]]
+    grad = torch.randn(2, B, H).to(dtype)
+    grad[1] = 0
+    results = []
+    for arguments, upstream in ((one, grad[:1]), (two, grad)):
+        call = (upstream, None, None, None, *arguments, *[None] * 6, *saved_of(arguments))
+        results.append(ops.lstm_backward.default(*call))
+    for a, b in zip(results[0][1:3], results[1][1:3], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(results[0][0], results[1][0][:1])
 
 
 def steps_of(rows, I, P, H, dtype=torch.float64):  # noqa: E741
@@ -91,21 +90,6 @@ def test_errors_of_weight_gradients(change, message):
         ops.lstm_weight_gradients.default(*change(*steps_of((2, 3), 4, 5, 5)))
 
 
-def test_errors_of_packed_weights():
-    arguments = layer((2, 3, 4, 5))
-    saved = saved_of(arguments)
-    packed = ops.lstm_pack_backward.default(*arguments[3:5])
-
-    def bad(message, packed, lengths=None):
-        call = (*[None] * 4, *arguments, *[None] * 3, lengths, None, None, *saved)
-        with pytest.raises(ValueError, match=r"llmkern\.lstm: expected " + message):
-            ops.lstm_backward.default(*call, packed=packed)
-
-    bad("packed to be what lstm_pack makes of weights with I, H, P = 4, 5, 5", packed[1:])
-    bad("packed of dtype Double, got Float", packed.float())
-    bad("weights=True and no packed weights beside lengths", packed, torch.tensor([1, 2, 2]))
-
-
 def step_of(dtype=torch.float32, shape=(3, 7, 19), bias=True):
     B, I, H = shape  # noqa: E741
     input, h_0, c_0, *weights = layer((1, B, I, H), dtype=dtype)
@@ -122,25 +106,20 @@ def gradients_of(dtype, B, H):
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
 def test_a_step_is_a_layer_of_one(isa, dtype, shape, bias):
-    """Bit for bit, in both passes, with packed weights, without, and with those of another instruction set."""
+    """Bit for bit, in both passes."""
     step = step_of(dtype, shape, bias)
     B, _, H = shape
     grads, layer_step = gradients_of(dtype, B, H), [step[0].unsqueeze(0), *step[1:]]
     output, h_n, c_n, *saved = ops.lstm.default(*layer_step, save_cells=True, save_gates=True)
     call = (None, *grads, None, *layer_step, *[None] * 6, output, *saved)
     expected = ops.lstm_backward.default(*call, weights=False)
-    generic = ops.lstm_pack.default(*step[3:5]), ops.lstm_pack_backward.default(*step[3:5])
-    torch.ops.llmkern.select_cpu_isa("generic")
-    foreign = ops.lstm_pack.default(*step[3:5]), ops.lstm_pack_backward.default(*step[3:5])
-    torch.ops.llmkern.select_cpu_isa(isa)
-    for packed, packed_backward in ((None, None), generic, foreign):
-        h_1, c_1, kept = ops.lstm_step.default(*step, packed)
-        assert torch.equal(h_1, h_n) and torch.equal(c_1, c_n)
-        got = ops.lstm_step_backward.default(*grads, *step[2:5], kept, packed_backward)
-        for a, b in zip(got, expected, strict=False):
-            assert torch.equal(a, b.squeeze(0) if b.dim() == 3 else b)
-        zero = ops.lstm_step_backward.default(None, None, *step[2:5], kept, packed_backward)
-        assert not any(t.any() for t in zero)
+    h_1, c_1, kept = ops.lstm_step.default(*step)
+    assert torch.equal(h_1, h_n) and torch.equal(c_1, c_n)
+    got = ops.lstm_step_backward.default(*grads, *step[2:5], kept)
+    for a, b in zip(got, expected, strict=False):
+        assert torch.equal(a, b.squeeze(0) if b.dim() == 3 else b)
+    zero = ops.lstm_step_backward.default(None, None, *step[2:5], kept)
+    assert not any(t.any() for t in zero)
 
 
 def test_a_strided_step(on_threads):
@@ -196,18 +175,12 @@ def test_errors_of_a_step(place, change, message):
         (1, lambda t: t.double(), "grad_c of dtype Float, got Double"),
         (5, lambda t: t[1:], r"saved of shape \[1140\], got \[1139\]"),
         (5, lambda t: t.view(torch.int8), "saved of dtype Byte, got Char"),
-        (
-            6,
-            lambda t: t[1:],
-            "packed to be what lstm_pack makes of weights with I, H, P = 7, 19, 19",
-        ),
     ],
 )
 def test_errors_of_a_step_backward(place, change, message):
     step = step_of()
-    packed = ops.lstm_pack_backward.default(*step[3:5])
     saved = ops.lstm_step.default(*step)[2]
-    arguments = [*gradients_of(torch.float32, 3, 19), *step[2:5], saved, packed]
+    arguments = [*gradients_of(torch.float32, 3, 19), *step[2:5], saved]
     arguments[place] = change(arguments[place])
     with pytest.raises(ValueError, match=r"llmkern\.lstm: expected " + message):
         ops.lstm_step_backward.default(*arguments)

@@ -154,8 +154,8 @@ def test_per_sample_gradients_of_a_model(batched):
 def test_per_sample_gradients_in_one_pass(monkeypatch):
     """Folded into the batch, not sample by sample."""
     calls = []
-    original = lstm_vmap._one_by_one
-    monkeypatch.setattr(lstm_vmap, "_one_by_one", lambda *a: calls.append(1) or original(*a))
+    original = lstm_vmap.one_by_one
+    monkeypatch.setattr(lstm_vmap, "one_by_one", lambda *a: calls.append(1) or original(*a))
     x, *rest = layer(SHAPE)
     vmap(grad(loss_of, argnums=(0, 3, 4)), in_dims=(0, *[None] * 6))(x.expand(N, *x.shape), *rest)
     assert not calls

@@ -29,6 +29,8 @@ class Stats(NamedTuple):
     held: int
     idle: int
     mapped: int
+    of_threads: int  # bytes
+    threads: int
 
 
 def stats() -> Stats:
@@ -146,9 +148,9 @@ def test_empty_cache_frees_what_is_idle_alone(layer: tuple[Tensor, ...], others:
 
 def test_errors_give_back(others: int) -> None:
     """The kernels' dtype is looked at when the memory is there already."""
-    x, weight = torch.ones(1024, 8, dtype=torch.bfloat16), torch.ones(2048, 8, dtype=torch.bfloat16)
+    x, weight = torch.ones(1024, 8, dtype=torch.int32), torch.ones(2048, 8, dtype=torch.int32)
     target = torch.zeros(1024, dtype=torch.int64)
-    with pytest.raises(ValueError, match="float32 or float64"):
+    with pytest.raises(ValueError, match="float32, float64, bfloat16 or float16"):
         torch.ops.llmkern.linear_cross_entropy(x, weight, None, target, None, 1, -100, 0.0)
     assert stats().idle > 0 and in_use() == others
 
@@ -200,3 +202,52 @@ def test_results_without_gradients_can_be_resized(layer: tuple[Tensor, ...], oth
         output = ops.lstm(*layer)[0]
     assert output.resize_(2 * T, B, H).shape == (2 * T, B, H)
     assert stats().held == others
+
+
+# ---- what threads keep
+
+
+def infer(layer: tuple[Tensor, ...]) -> Tensor:
+    with torch.no_grad():
+        return ops.lstm(*layer)[0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_empty_cache_frees_what_threads_keep(
+    layer: tuple[Tensor, ...], on_threads: Callable[..., Any], threads: int
+) -> None:
+    before = on_threads(threads, lambda: infer(layer))
+    with ThreadPoolExecutor(1) as pool:  # a thread of the user's, idle now
+        pool.submit(infer, layer).result()
+        assert stats().of_threads > 0
+        ops.empty_cache()
+        assert stats().of_threads == 0
+    assert torch.equal(infer(layer), before)
+    ops.empty_cache()
+    assert stats().idle == stats().of_threads == 0
+
+
+def test_empty_cache_takes_nothing_from_threads_at_work(layer: tuple[Tensor, ...]) -> None:
+    expected = lstm_step(layer)
+    stop = threading.Event()
+
+    def empty() -> int:
+        times = 0
+        while not stop.is_set():
+            ops.empty_cache()
+            times += 1
+        return times
+
+    def train() -> bool:
+        steps = (lstm_step(layer) for _ in range(5))
+        return all(
+            torch.equal(*pair) for step in steps for pair in zip(step, expected, strict=True)
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        emptied = pool.submit(empty)
+        try:
+            assert all([job.result() for job in [pool.submit(train), pool.submit(train)]])
+        finally:
+            stop.set()
+        assert emptied.result() > 0

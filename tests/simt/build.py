@@ -94,7 +94,11 @@ def sources() -> dict[str, list[str]]:
     """Every library by name: families of the package with their binding, and what the tests of the runtime need."""
     if FLAVOUR == "plain":
         ops = set((ROOT / "csrc/ops").glob("*.cpp")) - {ROOT / "csrc/ops/library.cpp"}
-        files = sorted([*(ROOT / "csrc/kernels/cuda").glob("*.cu"), *ops])
+        kernels = [
+            *(ROOT / "csrc/kernels/cuda").glob("*.cu"),
+            *(ROOT / "csrc/kernels").glob("*.cpp"),
+        ]
+        files = sorted([*kernels, *ops])
         return {"operators": [str(f.relative_to(ROOT)) for f in files]}
     found = {}
     for binding in sorted((ROOT / HERE / "bindings").glob("*.cpp")):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmkern.text import bptt_windows, contiguous_lanes, language_modeling_splits
+from llmkern.text import bptt_windows, contiguous_lanes, corpus_files, language_modeling_splits
 
 
 @given(st.integers(1, 9), st.integers(2, 30), st.integers(0, 8))
@@ -55,15 +55,23 @@ def test_windows_are_views():
     assert targets.data_ptr() == lanes[:, 1:].data_ptr()
 
 
+def test_lanes_in_half_the_memory_give_the_same_windows():
+    ids = torch.arange(21)
+    wide, narrow = contiguous_lanes(ids, 2), contiguous_lanes(ids.int(), 2)
+    assert narrow.dtype == torch.int32
+    for (_, *a), (_, *b) in zip(bptt_windows(wide, 3), bptt_windows(narrow, 3), strict=True):
+        assert all(torch.equal(x, y) and y.dtype == torch.int64 for x, y in zip(a, b, strict=True))
+
+
 @pytest.mark.parametrize(
     ("ids", "batch_size", "error", "message"),
     [
         (torch.arange(7), 4, ValueError, r"at least 2 \* batch_size = 8 tokens, got 7"),
         (torch.arange(7), 0, ValueError, "batch_size >= 1, got 0"),
         (torch.zeros(2, 8, dtype=torch.int64), 2, ValueError, r"shape \[N\], got \[2, 8\]"),
-        (torch.zeros(8), 2, TypeError, r"int64 tensor, got torch\.float32"),
-        (torch.zeros(8, dtype=torch.int32), 2, TypeError, r"int64 tensor, got torch\.int32"),
-        ([1, 2, 3, 4], 2, TypeError, "int64 tensor, got list"),
+        (torch.zeros(8), 2, TypeError, r"int64 or int32 tensor, got torch\.float32"),
+        (torch.zeros(8, dtype=torch.int16), 2, TypeError, r"int32 tensor, got torch\.int16"),
+        ([1, 2, 3, 4], 2, TypeError, "int64 or int32 tensor, got list"),
     ],
 )
 def test_lanes_refuse(ids, batch_size, error, message):
@@ -77,7 +85,7 @@ def test_lanes_refuse(ids, batch_size, error, message):
         (torch.arange(4).view(4, 1), {"bptt": 1}, ValueError, "at least 2 tokens, got 1"),
         (torch.arange(4).view(2, 2), {"bptt": 0}, ValueError, "bptt >= 1, got 0"),
         (torch.arange(4), {"bptt": 1}, ValueError, r"shape \[B, L\], got \[4\]"),
-        (torch.zeros(2, 2), {"bptt": 1}, TypeError, r"int64 tensor, got torch\.float32"),
+        (torch.zeros(2, 2), {"bptt": 1}, TypeError, r"int64 or int32 tensor, got torch\.float32"),
         (torch.arange(4).view(1, 4), {"bptt": 2, "start": 4}, ValueError, r"in \[0, 3\], got 4"),
     ],
 )
@@ -105,13 +113,78 @@ def test_folder_without_test_and_other_names(tmp_path, name):
 
 
 def test_folder_that_is_not_clear(tmp_path):
-    folder = make_folder(tmp_path, train_txt="a")
-    with pytest.raises(FileNotFoundError, match=r"one file \*valid\* or \*val\* .*\['train.txt'\]"):
-        language_modeling_splits(folder)
-    make_folder(tmp_path, valid_txt="b", train_json="c")
-    message = r"one file \*train\* in '.*', got \['train.json', 'train.txt'\]"
+    folder = make_folder(tmp_path, a_train_txt="a" * 10, b_train_txt="b" * 10)
+    message = r"one file \*train\* or \*training\* in '.*', got '.*a.train.txt', '.*b.train.txt'$"
     with pytest.raises(ValueError, match=message):
         language_modeling_splits(folder)
+    make_folder(tmp_path, b_valid_txt="c")
+    assert language_modeling_splits(folder) == ("b" * 10, "c", None)
+
+
+def test_folder_without_text(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected text files in '.*', got none"):
+        language_modeling_splits(tmp_path)
+    make_folder(tmp_path, test_txt="a", dev_txt="b")
+    with pytest.raises(
+        FileNotFoundError, match=r"a file to train on in '.*', got '.*dev.txt', '.*test.txt'"
+    ):
+        language_modeling_splits(tmp_path)
+
+
+def test_an_error_lists_a_few_files(tmp_path):
+    for i in range(300):
+        (tmp_path / f"{i:03}-train.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"'.*000-train.txt', .* and 295 more$") as error:
+        language_modeling_splits(tmp_path)
+    assert len(str(error.value)) < 300 + 7 * len(str(tmp_path))
+
+
+def test_a_split_is_a_whole_word_of_the_name(tmp_path):
+    """latest.txt, contested.txt, retrained.txt, devil.txt and value.txt are texts like any other."""
+    names = ("contested", "devil", "latest", "retrained", "value")
+    folder = make_folder(tmp_path, **{f"{name}_txt": name for name in names})
+    files = corpus_files(folder)
+    assert [f.stem for f in files.train] == list(names) and not files.valid and not files.test
+    splits = language_modeling_splits(folder, valid_fraction=0)
+    assert splits == ("\n".join(names), None, None)
+
+
+def test_the_penn_treebank_archive_as_it_comes(tmp_path):
+    for split in ("train", "valid", "test"):
+        make_folder(tmp_path, **{f"ptb_{split}_txt": split, f"ptb_char_{split}_txt": "c"})
+    (tmp_path / "README").write_text("how it was made")
+    assert language_modeling_splits(tmp_path) == ("train", "valid", "test")
+
+
+def test_any_folder_of_texts_is_one_text_in_name_order(tmp_path):
+    folder = make_folder(tmp_path, b_txt="2" * 5 + "\n", a_txt="1" * 5, c_txt="3" * 8, md="no text")
+    (folder / ".hidden.txt").write_text("no")
+    (folder / "within").mkdir()
+    assert language_modeling_splits(folder) == ("11111\n22222\n333333", "33", None)
+    make_folder(tmp_path, test_txt="t")
+    assert language_modeling_splits(folder)[2] == "t"
+
+
+def test_a_folder_without_txt_files_is_read_whole(tmp_path):
+    (tmp_path / "one.md").write_text("one")
+    (tmp_path / "two").write_text("two")
+    assert language_modeling_splits(tmp_path, valid_fraction=0).train == "one\ntwo"
+
+
+def test_a_split_without_a_file_is_held_out(tmp_path):
+    folder = make_folder(tmp_path, train_txt="abcdefghij", test_txt="t")
+    assert language_modeling_splits(folder) == ("abcdefghi", "j", "t")
+    assert language_modeling_splits(folder, valid_fraction=0) == ("abcdefghij", None, "t")
+
+
+def test_several_paths_are_read_in_their_order_and_none_is_left_out(tmp_path):
+    make_folder(tmp_path, b_txt="bb", a_txt="aa", train_txt="tt", valid_txt="vv")
+    (tmp_path / "more").mkdir()
+    make_folder(tmp_path / "more", y_txt="yy", x_txt="xx")
+    paths = [tmp_path / name for name in ("b.txt", "more", "a.txt", "train.txt", "valid.txt")]
+    assert language_modeling_splits(*paths) == ("bb\nxx\nyy\naa\ntt", "vv", None)
+    with pytest.raises(FileNotFoundError, match=r"a file to train on in '.*', '.*', got '.*valid"):
+        language_modeling_splits(paths[-1], paths[-1])
 
 
 @given(st.integers(20, 400))

@@ -22,16 +22,33 @@ def _short_pieces():
         yield
 
 
-@given(TEXTS, st.booleans())
-def test_pieces_join_to_the_text(text, characters):
-    cut = list(pieces(text, characters=characters))
+BOUNDARIES = (segmentation.ANYWHERE, segmentation.STARTS_ANEW, segmentation.WORD_BOUNDARY)
+
+
+@given(TEXTS, st.sampled_from((*BOUNDARIES, segmentation.CHINESE_BOUNDARY)), st.booleans())
+def test_pieces_join_to_the_text(text, boundary, always):
+    cut = list(pieces(text, boundary, len if always else None))
     assert "".join(cut) == text
     assert all(cut)
 
 
 def test_pieces_are_cut_where_nothing_joins():
-    assert list(pieces("abcde fg h\n\nijk", characters=False)) == ["abcde", " fg", " h\n\nijk"]
-    assert list(pieces("abcde\u0301天气", characters=True)) == ["abc", "de\u0301", "天气"]
+    anywhere, anew, word = BOUNDARIES
+    assert list(pieces("abcde fg h\n\nijk", word)) == ["abcde", " fg", " h\n\nijk"]
+    assert list(pieces("abcde\u0301天气", anew)) == ["abc", "de\u0301", "天气"]
+    assert list(pieces("abcde\u0301天气", anywhere)) == ["abc", "de\u0301", "天气"]
+    assert list(pieces("今天，天气好。\n明天", segmentation.CHINESE_BOUNDARY)) == [
+        *("今天，天气好", "。\n明天")
+    ]
+
+
+def test_a_stretch_without_a_boundary_is_cut_where_asked():
+    word = segmentation.WORD_BOUNDARY
+    assert list(pieces("a" * 14, word)) == ["a" * 14]
+    assert list(pieces("a" * 14, word, len)) == ["a" * 6, "a" * 6, "aa"]
+    seen = []
+    assert list(pieces("a" * 14, word, lambda text: seen.append(len(text)))) == ["a" * 14]
+    assert seen == [6, 12, 14]
 
 
 def test_words_are_jiebas():

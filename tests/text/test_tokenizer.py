@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizer: vocabulary order, the meaning of each kind, what is refused and how."""
 
+import _thread
 import subprocess
 import sys
+import threading
 from collections import Counter
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkern.text import Tokenizer, segmentation
+from llmkern.text import Tokenizer, backends, segmentation
 
 CHINESE = "今天天气非常好，我们去公园散步。\n明天下雨，我们在家看书。\n今天的晚饭非常好吃。\n"
 ENGLISH = "It's raining; it rains  and pours.\n\nThe   old man is snoring.\n"
@@ -100,6 +103,126 @@ def test_pieces_give_the_ids_of_the_whole_text(text, kind, normalization):
         assert tokenizer.encode(text) == whole
 
 
+LONG_RUNS = st.lists(
+    st.tuples(st.sampled_from("a天1.! \n\u3042\u0301éÉ\x1c'"), st.integers(1, 150)), max_size=8
+).map(lambda runs: "".join(character * count for character, count in runs))
+
+
+@given(LONG_RUNS, st.booleans(), st.sampled_from((None, "NFC", "NFKC")))
+@settings(deadline=None)
+def test_bpe_pieces_of_long_runs_give_the_ids_of_the_whole_text(text, lowercase, normalization):
+    tokenizer = Tokenizer.train(
+        text + "x", kind="bpe", normalization=normalization, lowercase=lowercase, vocab_size=280
+    )
+    whole = tokenizer.backend.encode(text).ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation, "PIECE_LENGTH", 20)
+        assert tokenizer.encode(text) == whole
+        again = Tokenizer.train(
+            text + "x", kind="bpe", normalization=normalization, lowercase=lowercase, vocab_size=280
+        )
+    assert again.tokens == tokenizer.tokens
+    if normalization is None and not lowercase:
+        assert tokenizer.decode(whole) == text
+
+
+@pytest.mark.parametrize("text", ["x" * 300, "天" * 300, "7" * 300, "!" * 300, " " * 300 + "a"])
+def test_no_run_of_bpe_is_longer_than_64_characters(text):
+    """Learning merges takes time quadratic in the length of a run: a megabyte of letters took minutes."""
+    tokenizer = Tokenizer.train("a", kind="bpe")
+    runs = [span for _, span in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert max(end - start for start, end in runs) <= 65
+    assert "".join(text[start:end] for start, end in runs) == text
+    assert len(runs) in (5, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_text_without_white_space_is_encoded_in_pieces(kind, monkeypatch):
+    """One encoding of a megabyte takes half a gigabyte."""
+    monkeypatch.setattr(segmentation, "PIECE_LENGTH", 50)
+    text = "今天天气非常好" * 200
+    tokenizer = Tokenizer.train(text, kind=kind)
+    done = []
+    ids = tokenizer.encode_array(text, done.append)
+    assert ids.dtype == np.int32 and ids.tolist() == tokenizer.encode(text)
+    assert done[-1] == len(text) and (kind == "word" or len(done) > 1)
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_progress_is_told_from_the_first_piece(kind, monkeypatch):
+    monkeypatch.setattr(segmentation, "PIECE_LENGTH", 10)
+    text = "今天天气非常好，\n" * 50
+    for texts in (text, [text[:200], text[200:]]):
+        done = []
+        tokenizer = Tokenizer.train(texts, kind=kind, on_progress=done.append)
+        assert done == sorted(done) and 0 < done[0] < 50 and done[-1] == len(text)
+    done = []
+    tokenizer.encode_array(text, done.append)
+    assert done == sorted(done) and 0 < done[0] <= len(text) / 2 and done[-1] == len(text)
+
+
+def test_ctrl_c_ends_the_learning_of_merges(monkeypatch):
+    """The library hears nothing while it learns: the thread that waits for it must."""
+    learning, over = threading.Event(), threading.Event()
+
+    def learn(backend, texts, trainer):
+        list(texts)
+        learning.set()
+        over.wait(60)
+
+    def interrupt():
+        learning.wait(60)
+        _thread.interrupt_main()
+
+    monkeypatch.setattr(backends, "_learn", learn)
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.train("some text", kind="bpe")
+    assert not over.is_set()
+    over.set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_ends_the_reading_of_texts(kind):
+    def texts():
+        yield "some text"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.train(texts(), kind=kind)
+
+
+def test_an_error_of_the_library_while_it_learns_comes_through(monkeypatch):
+    def fail(backend, texts, trainer):
+        raise MemoryError("too many merges")
+
+    monkeypatch.setattr(backends, "_learn", fail)
+    with pytest.raises(MemoryError, match="too many merges"):
+        Tokenizer.train(["some text"] * 1000, kind="bpe")
+
+
+def _peak_memory(size: int) -> int:
+    """Bytes that a process takes at most to encode so many characters."""
+    program = (
+        "import random, resource, sys\n"
+        "from llmkern.text import Tokenizer\n"
+        "random.seed(0)\n"
+        "text = ''.join(random.choices('abcdefghi jklmn\\n', k=1 << 16)) * (int(sys.argv[1]) >> 16)\n"
+        "tokenizer = Tokenizer.train(text[: 1 << 17], kind='char')\n"
+        "ids = tokenizer.encode_array(text)\n"
+        "assert len(ids) == len(text)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(size)], stdout=subprocess.PIPE)
+    return int(run.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
+def test_a_corpus_takes_at_most_ten_bytes_a_character():
+    small, large = 1 << 21, 3 << 21
+    assert _peak_memory(large) - _peak_memory(small) <= 10 * (large - small)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_normalization_and_case(kind):
     options = {"kind": kind, "normalization": "NFKC", "lowercase": True}
@@ -155,6 +278,52 @@ def test_vocabulary_limits(kind):
     assert tokenizer.tokens == (("<unk>", *space, "a", "b", "c")[:4])
     tokenizer = Tokenizer.train(text, kind=kind, min_frequency=3, special_tokens=("<unk>",))
     assert tokenizer.tokens == ("<unk>", *space, "a")
+
+
+def test_unknown_tokens_are_refused_dropped_or_replaced():
+    for kind, text, unknown in (
+        ("char", "aXc", "X"),
+        ("word", "a X c", "X"),
+        ("jieba", "aXc", None),
+    ):
+        known = "a c" if kind == "word" else "ac" if kind == "char" else "a.c"
+        with_unk = Tokenizer.train(known, kind=kind, special_tokens=("<unk>",))
+        without = Tokenizer.train(known, kind=kind, special_tokens=())
+        if unknown is None:
+            continue
+        assert with_unk.encode(text, "drop") == with_unk.encode(known)
+        assert without.encode(text, "drop") == without.encode(known)
+        assert with_unk.encode(text, "replace") == with_unk.encode(text)
+        for tokenizer, way in ((with_unk, "error"), (without, "replace"), (without, None)):
+            with pytest.raises(ValueError, match=r"Tokenizer\.encode: .*got 'X'.* at position 1; "):
+                tokenizer.encode(text, way)
+    with pytest.raises(ValueError, match=r"unknown to be one of \('error', .*got 'skip'"):
+        with_unk.encode("a", "skip")
+    bpe = Tokenizer.train("a", kind="bpe")
+    assert bpe.decode(bpe.encode("天", "drop")) == "天"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "special_tokens", "start"),
+    [
+        ("char", "b\na", None, "\n"),
+        ("char", "ba", None, "b"),
+        ("char", "b\na", ("<bos>", "<eos>"), "<bos>"),
+        ("char", "ba", ("<eos>",), "<eos>"),
+        ("word", "the cat\nsat", None, "<eos>"),
+        ("word", "the cat", (), "the"),
+        ("jieba", "今天\n天气", None, "\n"),
+        ("jieba", "今天天气", None, "今天天气"),
+        ("bpe", "今天\n天气", None, "Ċ"),
+        ("bpe", "th", None, "th"),
+        ("bpe", "今天", ("<bos>",), "<bos>"),
+        ("bpe", "今天", ("<eos>",), "<eos>"),
+    ],
+)
+def test_there_is_always_a_beginning(kind, text, special_tokens, start):
+    tokenizer = Tokenizer.train([text], kind=kind, special_tokens=special_tokens)
+    assert tokenizer.token(tokenizer.start_id) == start
+    assert Tokenizer.from_json(tokenizer.to_json()).start_id == tokenizer.start_id
 
 
 def test_unknown_with_unk():
@@ -289,6 +458,6 @@ def test_look_up_and_repr():
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, package, kind):
     segmentation._segmenter.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"llmkern\.text: expected the package '{package}' .*pip install 'llmkern\[text\]'"
+    message = rf"llmkern: expected the package '{package}' .*pip install 'llmkern\[text\]'"
     with pytest.raises(ImportError, match=message):
         Tokenizer.train("text", kind=kind)

@@ -41,6 +41,29 @@ def test_wrong_settings_are_named(settings, message):
         TrainingArguments(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"momentum": 0.9},
+            "momentum beside optimizer sgd or rmsprop alone, got momentum=0.9 beside",
+        ),
+        (
+            {"rmsprop_alpha": 0.9, "optimizer": "sgd"},
+            "rmsprop_alpha beside optimizer rmsprop alone",
+        ),
+        ({"lr_decay": 0.5}, "lr_decay beside lr_schedule decay or plateau alone, got lr_decay=0.5"),
+        ({"lr_decay_after": 3, "lr_schedule": "plateau"}, "beside lr_schedule decay alone"),
+        ({"warmup_steps": 3, "lr_schedule": "decay"}, "where it has no effect"),
+        ({"schedule_steps": 9}, "schedule_steps beside lr_schedule cosine alone"),
+    ],
+    ids=str,
+)
+def test_settings_without_effect_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingArguments(**settings)
+
+
 def test_limits_and_logs_may_change_the_rest_may_not():
     first = TrainingArguments()
     later = dataclasses.replace(first, epochs=99, max_steps=5, log_every=1, keep=7, patience=3)

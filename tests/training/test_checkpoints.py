@@ -70,7 +70,7 @@ def test_another_file_under_the_name(tmp_path):
     with pytest.raises(ValueError, match=r"not of the format llmkern\.checkpoint"):
         load_checkpoint(path)
     torch.save({"format": checkpoints.FORMAT, "version": 99}, path)
-    with pytest.raises(ValueError, match="expected version 1, got 99"):
+    with pytest.raises(ValueError, match="expected version 2, got 99"):
         load_checkpoint(path)
 
 
@@ -82,7 +82,7 @@ class Evil:
 def test_a_strangers_file_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "checkpoint-0000000001.pt"
-    torch.save({"format": checkpoints.FORMAT, "version": 1, "evil": Evil()}, path)
+    torch.save({"format": checkpoints.FORMAT, "version": checkpoints.VERSION, "evil": Evil()}, path)
     with pytest.raises(ValueError, match="it is no checkpoint"):
         load_checkpoint(path)
     assert not (tmp_path / "evil").exists()

@@ -35,6 +35,10 @@ def test_decay_sets_in_after_so_many_epochs():
     assert found == [2.0] * 6 + [1.0] * 3 + [0.5] * 3
 
 
+def test_decay_begins_at_the_starting_value():
+    assert rates(9, lr_schedule="decay") == [2.0] * 3 + [0.5] * 3 + [0.125] * 3
+
+
 def test_plateau_divides_when_the_loss_has_not_improved():
     found = rates(15, lr_schedule="plateau", lr_decay=0.25, valid_losses=[5.0, 5.0, 4.0, 4.5, 3.0])
     assert found == [2.0] * 6 + [0.5] * 6 + [0.125] * 3
@@ -61,9 +65,9 @@ def test_steps_are_those_of_a_plain_loop(name, reduction):
     arguments = TrainingArguments(
         optimizer=name,
         learning_rate=0.1,
-        momentum=0.5,
         weight_decay=0.01,
-        rmsprop_alpha=0.9,
+        **({"momentum": 0.5} if name in ("sgd", "rmsprop") else {}),
+        **({"rmsprop_alpha": 0.9} if name == "rmsprop" else {}),
         max_grad_norm=0.5,
         max_grad_value=0.2,
         loss_reduction=reduction,
@@ -138,7 +142,7 @@ def test_nothing_is_updated_when_the_gradient_is_not_finite():
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: tried to allocate 9123456 bytes"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
         MemoryError(),
     ],
@@ -154,9 +158,11 @@ def test_too_little_memory_says_what_to_lower(error, monkeypatch):
     stepper = Stepper(model, TrainingArguments(batch_size=64, bptt=70), 1, 1)
     ids = torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(
-        MemoryError, match=r"step 3; lower batch_size \(now 64\) or bptt \(now 70\)"
-    ):
+        MemoryError, match=r"lower batch_size \(now 64\), bptt \(now 70\)"
+    ) as caught:
         stepper.step(ids, ids, 3)
+    asked = ", which asked for 9,123,456 bytes more" if "9123456" in str(error) else ""
+    assert f"out of memory in step 3{asked}; lower" in str(caught.value)
 
 
 def test_other_errors_are_passed_on(monkeypatch):

@@ -2,9 +2,12 @@
 """What is shown: a bar in a terminal, lines in a file, nothing when quiet."""
 
 import io
+import re
 import sys
 
-from llmkern.training import Trainer, TrainingArguments
+import pytest
+
+from llmkern.training import Trainer, TrainingArguments, progress
 from llmkern.training.progress import make_display
 from tests.models import toys
 
@@ -29,6 +32,7 @@ def test_lines_where_there_is_no_terminal(capsys):
         "step 15/18",
         "epoch 2/2",
     ]
+    assert [line.split(" | ")[1] for line in lines if "step" in line] == ["0:00:00 left"] * 3
     for part in ("epoch 1", "loss ", "ppl ", "tok/s", "lr 0.002"):
         assert part in lines[0]
     for part in ("train ppl ", "valid loss ", "valid ppl "):
@@ -40,8 +44,25 @@ def test_quiet(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def terminal(monkeypatch):
-    """Standard error as a terminal of 140 columns; pytest changes it between a fixture and its test."""
+def test_the_time_left_is_that_of_the_steps_left(monkeypatch, capsys):
+    clock = iter((1000.0, 1030.0))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    display = make_display(3640, 40, show=True)
+    display.interval(50, epoch=1, loss=2.0, learning_rate=0.1, tokens_per_second=1e4, grad_norm=1.0)
+    assert "step 50/3640 | 2:59:30 left | epoch 1" in capsys.readouterr().err
+
+
+def test_a_pipe_that_has_closed_does_not_end_the_run(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    train()
+
+
+def terminal(monkeypatch, columns=140):
+    """Standard error as a terminal; pytest changes it between a fixture and its test."""
 
     class Terminal(io.StringIO):
         def isatty(self):
@@ -50,7 +71,7 @@ def terminal(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", str(columns))
     return screen
 
 
@@ -60,6 +81,22 @@ def test_a_bar_in_a_terminal(monkeypatch):
     shown = screen.getvalue()
     for part in ("training", "18/18", "validating 100%", "epoch 2/2 | train ppl"):
         assert part in shown, part
+
+
+@pytest.mark.parametrize("columns", [45, 80])
+def test_step_count_and_time_left_fit_a_narrow_terminal(monkeypatch, columns):
+    screen = terminal(monkeypatch, columns)
+    display = make_display(123456, 40000, show=True)
+    shown = {"loss": 2.0, "learning_rate": 0.00123, "tokens_per_second": 1e5, "grad_norm": 1.0}
+    for step in range(40001, 40200, 60):
+        display.step(step, epoch=1, **shown)
+        display._progress.refresh()
+    display.close()
+    lines = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").split("\n")
+    last = [line for line in lines if line][-1]
+    assert len(last) <= columns
+    assert re.search(r"40181/123456 +\d+:\d\d:\d\d", last), last
+    assert columns < 80 or "epoch 1 | loss 2.0000 | ppl 7.39" in last
 
 
 def test_a_resumed_bar_begins_where_the_run_does(monkeypatch):

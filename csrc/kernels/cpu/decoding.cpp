@@ -17,7 +17,7 @@ namespace {
 
 // ---- beam search ----
 
-// A beam's logits and what turns one of them into a score.
+// A beam, and the numbers that turn one of its logits into a score.
 struct Beam {
   double score;  // -inf: no continuation
   float maximum;
@@ -125,7 +125,8 @@ float least_z(const Beam& beam, float least) {
   return from_ordered(static_cast<int32_t>(high));
 }
 
-// Offers what can be among the best, in ascending order of the index: of equal scores those that come later never are.
+// Offers the continuations that can be among the best, in ascending order of the index: of equal scores, later ones
+// never are.
 template <class T>
 void offer_continuations(const BeamSearchStep<T>& a, int64_t b, const Entry& e, float least, Best* best) {
   for (int64_t k = 0; k < e.K; ++k) {
@@ -163,7 +164,7 @@ void step_entry(const BeamSearchStep<T>& a, int64_t b, const Entry& e) {
     if (!e.beams[k].valid) return write_best(a, b, nullptr, 0, NAN);
   }
   const int64_t most = a.n < a.K * a.V ? a.n : a.K * a.V;
-  Continuation* items = scratch<Continuation>(Slot::kKernel, most);
+  const auto items = scratch<Continuation>(Slot::kBeamCandidates, most);
   const float least = reached_by_blocks(e, Best(items, most));
   Best best(items, most);
   offer_continuations(a, b, e, least, &best);
@@ -272,7 +273,7 @@ template <class T>
 int64_t draw_rest(const Distribution<T>& p, const Distribution<T>& q, int64_t V, uint64_t u,
                   const uint64_t* block_mass) {
   const int64_t blocks = row_blocks(V);
-  Rest* rest = scratch<Rest>(Slot::kSums, blocks);
+  const auto rest = scratch<Rest>(Slot::kDraftRest, blocks);
   const auto weight = [&](const Rest& r) { return Wide{r.p} * q.total - Wide{r.q} * p.total; };
   Wide total = 0;
   for (int64_t i = 0; i < blocks; ++i) {
@@ -315,7 +316,7 @@ void verify_entry(const SpeculativeVerify<T>& a, int64_t b) {
     logprob[i] = 0;
   }
   const uint64_t seed = static_cast<uint64_t>(a.seeds[b * a.seed_stride]);
-  uint64_t* block_mass = scratch<uint64_t>(Slot::kKernel, row_blocks(a.V));
+  const auto block_mass = scratch<uint64_t>(Slot::kDraftBlockMass, row_blocks(a.V));
   for (int64_t i = 0;; ++i) {
     a.num_accepted[b] = i;
     const uint64_t index = static_cast<uint64_t>(a.positions[b]) + static_cast<uint64_t>(i);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which build of the CPU kernels runs: decided once, from cpuid and LLMKERN_CPU.
 #include <atomic>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "kernels/run.h"
 
@@ -14,23 +14,20 @@ namespace {
 
 constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
 
-// The instruction set of that name, if this machine can execute it.
-std::optional<Isa> available(const char* wanted) {
-  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
-    if (std::strcmp(wanted, name(isa)) == 0 && isa <= detected_isa()) return isa;
+// The instruction set of that name, which this machine has to have.
+Isa available(const char* wanted, const char* asked_by) {
+  std::string names;
+  for (Isa isa = Isa::kGeneric; isa <= detected_isa(); isa = static_cast<Isa>(static_cast<int>(isa) + 1)) {
+    if (std::strcmp(wanted, name(isa)) == 0) return isa;
+    names += std::string(names.empty() ? "" : ", ") + name(isa);
   }
-  return std::nullopt;
+  throw std::invalid_argument(std::string("llmkern.cpu: expected ") + asked_by +
+                              " to be an instruction set that this machine has (" + names + "), got '" + wanted + "'");
 }
 
 Isa from_environment() {
   const char* wanted = std::getenv("LLMKERN_CPU");
-  if (wanted == nullptr || *wanted == '\0') return detected_isa();
-  if (const std::optional<Isa> isa = available(wanted)) return *isa;
-  std::fprintf(
-      stderr,
-      "llmkern: expected LLMKERN_CPU to be one of generic, avx2, avx512 and at most '%s' here, got '%s'; using '%s'\n",
-      name(detected_isa()), wanted, name(detected_isa()));
-  return detected_isa();
+  return wanted == nullptr || *wanted == '\0' ? detected_isa() : available(wanted, "LLMKERN_CPU");
 }
 
 std::atomic<Isa>& active() {
@@ -58,10 +55,6 @@ Isa detected_isa() {
 
 Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
-bool select_isa(const char* wanted) {
-  const std::optional<Isa> isa = available(wanted);
-  if (isa) active().store(*isa, std::memory_order_relaxed);
-  return isa.has_value();
-}
+void select_isa(const char* wanted) { active().store(available(wanted, "name"), std::memory_order_relaxed); }
 
 }  // namespace llmkern::cpu

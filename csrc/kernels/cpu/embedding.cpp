@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "kernels/cpu/storage.h"
 #include "kernels/run.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
@@ -25,23 +26,33 @@ void execute(const EmbeddingForward<T, Index>& a, const Parallel& parallel) {
   });
 }
 
+// to[0, count) += from[0, count)
+template <class T>
+void add(Widened<T>* to, const T* from, int64_t count) {
+  if constexpr (sizeof(T) == 2) {
+    for_lanes<float>(0, count,
+                     [&](int64_t d, int64_t n) { store(to + d, load(to + d, n) + load_wide(from + d, n), n); });
+  } else {
+    for (int64_t d = 0; d < count; ++d) to[d] += from[d];  // the compiler's own vectors have the shorter remainder
+  }
+}
+
 template <class T, class Index>
 void backward_columns(const EmbeddingBackward<T, Index>& a, int64_t begin, int64_t end) {
   const int64_t width = end - begin;
-  for (int64_t v = 0; v < a.V; ++v) std::memset(a.grad_table + v * a.D + begin, 0, width * sizeof(T));
+  const auto sums = [&](int64_t v) { return a.sums + v * a.D + begin; };
+  for (int64_t v = 0; v < a.V; ++v) std::memset(sums(v), 0, static_cast<size_t>(width) * sizeof(Widened<T>));
   for (int64_t n = 0; n < a.N; ++n) {
     const int64_t v = a.ids[n];
-    if (v == a.padding_idx) continue;
-    const T* from = a.grad_out + n * a.D + begin;
-    T* to = a.grad_table + v * a.D + begin;
-    for (int64_t d = 0; d < width; ++d) to[d] += from[d];
+    if (v != a.padding_idx) add(sums(v), a.grad_out + n * a.D + begin, width);
   }
-  if (a.counts == nullptr) return;
-  for (int64_t v = 0; v < a.V; ++v) {
+  for (int64_t v = 0; a.counts != nullptr && v < a.V; ++v) {
     if (a.counts[v] < 2) continue;
-    T* row = a.grad_table + v * a.D + begin;
-    const T scale = T{1} / static_cast<T>(a.counts[v]);
-    for (int64_t d = 0; d < width; ++d) row[d] *= scale;
+    const Widened<T> scale = Widened<T>{1} / static_cast<Widened<T>>(a.counts[v]);
+    for (int64_t d = 0; d < width; ++d) sums(v)[d] *= scale;
+  }
+  if constexpr (sizeof(T) == 2) {
+    for (int64_t v = 0; v < a.V; ++v) convert(a.grad_table + v * a.D + begin, sums(v), width);
   }
 }
 
@@ -68,9 +79,17 @@ template void run(const EmbeddingForward<float, int32_t>&, const Parallel&);
 template void run(const EmbeddingForward<float, int64_t>&, const Parallel&);
 template void run(const EmbeddingForward<double, int32_t>&, const Parallel&);
 template void run(const EmbeddingForward<double, int64_t>&, const Parallel&);
+template void run(const EmbeddingForward<bfloat16, int32_t>&, const Parallel&);
+template void run(const EmbeddingForward<bfloat16, int64_t>&, const Parallel&);
+template void run(const EmbeddingForward<float16, int32_t>&, const Parallel&);
+template void run(const EmbeddingForward<float16, int64_t>&, const Parallel&);
 template void run(const EmbeddingBackward<float, int32_t>&, const Parallel&);
 template void run(const EmbeddingBackward<float, int64_t>&, const Parallel&);
 template void run(const EmbeddingBackward<double, int32_t>&, const Parallel&);
 template void run(const EmbeddingBackward<double, int64_t>&, const Parallel&);
+template void run(const EmbeddingBackward<bfloat16, int32_t>&, const Parallel&);
+template void run(const EmbeddingBackward<bfloat16, int64_t>&, const Parallel&);
+template void run(const EmbeddingBackward<float16, int32_t>&, const Parallel&);
+template void run(const EmbeddingBackward<float16, int64_t>&, const Parallel&);
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

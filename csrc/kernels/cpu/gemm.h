@@ -56,6 +56,21 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 
 // ---- copies
 
+// square[k] = word k of as many rows as there are lanes, a row a lane. Where words lie in memory as they are, two of
+// the rounds that transpose a square are done by the loads.
+template <class Op>
+[[gnu::always_inline]] inline void load_transposed(const typename Op::Storage* rows, int64_t stride,
+                                                   Vec<Word<Op>> (&square)[kLanes<Word<Op>>]) {
+  constexpr int lanes = kLanes<Word<Op>>;
+  if constexpr (Op::kAsStored) {
+    load_parts_transposed<Word<Op>>(rows, stride * static_cast<int64_t>(sizeof *rows), square);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) square[i] = Op::words(rows + i * stride);
+    transpose<Word<Op>>(square);
+  }
+}
+
 // to[word of k][n] = rows[n * stride + k] for as many rows as there are lanes, a row of `to` every `width` words:
 // squares are transposed in registers.
 template <class Op>
@@ -64,8 +79,7 @@ void transpose_words(const typename Op::Storage* rows, int64_t stride, int64_t K
   int64_t k = 0;
   for (; k + lanes * Op::kTerms <= K; k += lanes * Op::kTerms, to += lanes * width) {
     Vec<Word<Op>> square[lanes];
-    for (int i = 0; i < lanes; ++i) square[i] = Op::words(rows + i * stride + k);
-    transpose<Word<Op>>(square);
+    load_transposed<Op>(rows + k, stride, square);
     for (int i = 0; i < lanes; ++i) store(to + i * width, square[i]);
   }
   for (; k < K; k += Op::kTerms, to += width) {
@@ -265,9 +279,9 @@ void gemm_serial(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Stor
     const int64_t depth = K - k < kDepth ? K - k : kDepth, words = words_of<Op>(depth);
     for (int64_t m = 0; m < M; m += kBlockRows) {
       const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
-      Word<Op>* tiles = scratch<Word<Op>>(Slot::kPackedA, rows * words);
+      const auto tiles = scratch<Word<Op>>(Slot::kGemmTiles, rows * words);
       pack_tiles<Op>(a.from(m, k), rows, depth, tiles);
-      Word<Op>* panel = scratch<Word<Op>>(Slot::kPackedB, words * kPanel<Op>);
+      const auto panel = scratch<Word<Op>>(Slot::kGemmPanel, words * kPanel<Op>);
       for (int64_t n = 0; n < N; n += kPanel<Op>) {
         const int64_t width = N - n < kPanel<Op> ? N - n : kPanel<Op>;
         pack_panels<Op>(b.from(k, n), depth, width, panel);
@@ -283,8 +297,8 @@ void gemm_rounded(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Sto
                   const Matrix<typename Op::Storage>& b, C* c, int64_t c_stride) {
   for (int64_t m = 0; m < M; m += kBlockRows) {
     const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
-    Sum<Op>* sums = scratch<Sum<Op>>(Slot::kSums, rows * N);
-    gemm_serial<Op>(rows, N, K, a.from(m, 0), b, sums, N, false);
+    const auto sums = scratch<Sum<Op>>(Slot::kGemmSums, rows * N);
+    gemm_serial<Op>(rows, N, K, a.from(m, 0), b, sums.get(), N, false);
     for (int64_t i = 0; i < rows; ++i) convert(c + (m + i) * c_stride, sums + i * N, N);
   }
 }
@@ -326,8 +340,8 @@ void gemm(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Storage>& a
 
 // sums[n] = sum over m of A[m, n]  (+ sums), A [M, N] row-major. Blocks of rows are summed on their own, so that the
 // rounding error grows with the block and with the number of blocks, not with M.
-template <class T>
-void sum_rows(int64_t M, int64_t N, const T* a, T* sums, bool accumulate, const Parallel& parallel) {
+template <class T, class C>
+void sum_rows(int64_t M, int64_t N, const T* a, C* sums, bool accumulate, const Parallel& parallel) {
   using S = Widened<T>;
   constexpr int64_t kBlock = 64, kColumns = 256;  // columns: whole cache lines of a row, and sums that stay in reach
   parallel((N + kColumns - 1) / kColumns, (1 << 17) / (M * kColumns + 1) + 1, [&](int64_t begin, int64_t end) {

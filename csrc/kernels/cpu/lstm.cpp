@@ -21,17 +21,6 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-// Calls f with what multiplies T here.
-template <class T, class F>
-void with_operand(const F& f) {
-#ifdef __AVX512F__
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    if (has_bf16()) return f(Bf16Pairs{});
-  }
-#endif
-  f(Wide<T>{});
-}
-
 template <class T, class F>
 void with_operand([[maybe_unused]] bool quantised, [[maybe_unused]] int64_t I, [[maybe_unused]] int64_t P, const F& f) {
 #ifdef __AVX512F__
@@ -43,60 +32,55 @@ void with_operand([[maybe_unused]] bool quantised, [[maybe_unused]] int64_t I, [
 }
 
 template <class Op>
-LstmPackHeader header_of(LstmPacking packing, int64_t I, int64_t H, int64_t P) {
-  return {kLstmPackMagic, kVectorBytes, Op::kTerms, sizeof(Sum<Op>), static_cast<int64_t>(packing), I, H, P};
+LstmPackHeader header_of(bool quantised, int64_t I, int64_t H, int64_t P) {
+  return {kLstmPackMagic, kVectorBytes, Op::kTerms, sizeof(Sum<Op>), quantised, I, H, P};
 }
 
 template <class Op>
-bool is_packed(const void* packed, LstmPacking packing, int64_t I, int64_t H, int64_t P) {
-  const LstmPackHeader expected = header_of<Op>(packing, I, H, P);
+bool is_packed(const void* packed, bool quantised, int64_t I, int64_t H, int64_t P) {
+  const LstmPackHeader expected = header_of<Op>(quantised, I, H, P);
   return packed != nullptr && memcmp(packed, &expected, sizeof expected) == 0;
 }
 
 template <class Op>
-int64_t packed_bytes(LstmPacking packing, int64_t I, int64_t H, int64_t P) {
-  const int64_t words = packing == LstmPacking::kBackward
-                            ? (panels_of<Sum<Op>>(P) + panels_of<Sum<Op>>(I)) * backward_panel_words<Op>(H)
-                            : PackedWeights<Op>::size(I, H, P);
-  return static_cast<int64_t>(sizeof(LstmPackHeader)) + round_up(words * static_cast<int64_t>(sizeof(Word<Op>)), 64);
-}
-
-template <class Op>
-PackedWeights<Op> weights_in(const void* packed, int64_t I, int64_t H, int64_t P) {
-  return {reinterpret_cast<const Word<Op>*>(static_cast<const char*>(packed) + sizeof(LstmPackHeader)), I, H, P};
-}
-
-// Panels of the recurrent weights, then of those of the input.
-template <class Op, class T>
-void pack_backward(const LstmPack<T>& a, const Parallel& parallel) {
-  const LstmPackHeader header = header_of<Op>(a.packing, a.I, a.H, a.P);
-  memcpy(a.packed, &header, sizeof header);
-  const int64_t size = backward_panel_words<Op>(a.H), recurrent = panels_of<Sum<Op>>(a.P);
-  Word<Op>* panels = reinterpret_cast<Word<Op>*>(static_cast<char*>(a.packed) + sizeof(LstmPackHeader));
-  parallel(recurrent + panels_of<Sum<Op>>(a.I), (1 << 15) / (size + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      if (p < recurrent) {
-        pack_backward_panel<Op>(a.weight_hh, a.P, a.H, p, panels + p * size);
-      } else {
-        pack_backward_panel<Op>(a.weight_ih, a.I, a.H, p - recurrent, panels + p * size);
-      }
-    }
-  });
+int64_t packed_bytes(int64_t I, int64_t H, int64_t P) {
+  const int64_t bytes = LayerWeights<Op>::size(I, H, P) * static_cast<int64_t>(sizeof(Word<Op>));
+  return static_cast<int64_t>(sizeof(LstmPackHeader)) + round_up(bytes, 64);
 }
 
 template <class Op, class T>
 void pack(const LstmPack<T>& a, const Parallel& parallel) {
-  const LstmPackHeader header = header_of<Op>(a.packing, a.I, a.H, a.P);
+  using S = Sum<Op>;
+  const LstmPackHeader header = header_of<Op>(a.quantised, a.I, a.H, a.P);
   memcpy(a.packed, &header, sizeof header);
-  const bool quantised = a.packing == LstmPacking::kQuantised;
-  const PackedWeights<Op> weights = weights_in<Op>(a.packed, a.I, a.H, a.P);
-  const int64_t grain = (1 << 15) / ((a.I + a.P) * kGatesWidth<Sum<Op>>)+1;
-  parallel(panels_of<Sum<Op>>(a.H), grain, [&](int64_t begin, int64_t end) {
+  const LayerWeights<Op> from = {nullptr, a.weight_ih, a.weight_hh, a.I, a.H, a.P};
+  Word<Op>* inputs = reinterpret_cast<Word<Op>*>(static_cast<char*>(a.packed) + sizeof header);
+  Word<Op>* hidden = inputs + panels_of<S>(a.H) * Gates<Op>::panel_words(a.I);
+  const int64_t grain = (1 << 15) / ((a.I + a.P) * kGatesWidth<S>)+1;
+  parallel(panels_of<S>(a.H), grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      Gates<Op>::pack(a.weight_ih, a.I, a.H, p * kUnits<Sum<Op>>, quantised, const_cast<Word<Op>*>(weights.input(p)));
-      Gates<Op>::pack(a.weight_hh, a.P, a.H, p * kUnits<Sum<Op>>, quantised, const_cast<Word<Op>*>(weights.hidden(p)));
+      const int64_t units = units_of<S>(p, a.H);
+      Gates<Op>::pack(from.input(p), a.I, units, a.quantised, inputs + p * Gates<Op>::panel_words(a.I));
+      Gates<Op>::pack(from.hidden(p), a.P, units, a.quantised, hidden + p * Gates<Op>::panel_words(a.P));
     }
   });
+}
+
+// A layer's weights for a pass over so many steps: as they have been packed, or packed here, or, for a few steps, where
+// they lie: a copy costs as much as reading them a few times.
+template <class Op, class T = typename Op::Storage>
+LayerWeights<Op> weights_for(const LstmForward<T>& a, const Parallel& parallel) {
+  constexpr int64_t kStepsInPlace = 3;
+  const auto words_in = [](const void* packed) {
+    return reinterpret_cast<const Word<Op>*>(static_cast<const char*>(packed) + sizeof(LstmPackHeader));
+  };
+  if (is_packed<Op>(a.packed, a.quantised, a.I, a.H, a.P)) {
+    return {words_in(a.packed), nullptr, nullptr, a.I, a.H, a.P};
+  }
+  if (a.steps <= kStepsInPlace && !a.quantised) return {nullptr, a.weight_ih, a.weight_hh, a.I, a.H, a.P};
+  void* packed = scratch<char>(Slot::kKernel, packed_bytes<Op>(a.I, a.H, a.P));
+  pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, a.quantised, packed, a.I, a.H, a.P}, parallel);
+  return {words_in(packed), nullptr, nullptr, a.I, a.H, a.P};
 }
 
 template <class Op>
@@ -127,7 +111,7 @@ void run_rows(const Schedule& whole, const int64_t* lengths, bool reverse, bool 
 
 // The steps of some rows, `cell` [B, H] being the running c.
 template <class Op, class T = typename Op::Storage>
-void run_forward(const LstmForward<T>& a, const void* packed, Sum<Op>* cell, const Schedule& schedule,
+void run_forward(const LstmForward<T>& a, const LayerWeights<Op>& weights, Sum<Op>* cell, const Schedule& schedule,
                  const Parallel& threads) {
   using S = Sum<Op>;
   using Projection = typename Op::Projection;
@@ -146,44 +130,43 @@ void run_forward(const LstmForward<T>& a, const void* packed, Sum<Op>* cell, con
     copy_or_zero<typename Op::Shared>(after, nullptr, shared);
     if (projects) clear_tiles<Projection>(unprojected, rows, a.H);
   }
-  const Forward<Op> layer = {
-      a,           schedule, weights_in<Op>(packed, a.I, a.H, a.P), {before, after},   packed_hr,
-      unprojected, cell,     {of_inputs, together * rows},          {of_hidden, rows}, {of_cells, rows}};
+  const Forward<Op> layer = {a,
+                             schedule,
+                             weights,
+                             {before, after},
+                             packed_hr,
+                             unprojected,
+                             cell,
+                             {of_inputs, together * rows},
+                             {of_hidden, rows},
+                             {of_cells, rows}};
   run_team(threads, panels_of<S>(a.H), [&](const Share& share) { layer.run(share); });
 }
 
 template <class Op, class T = typename Op::Storage>
 void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& parallel) {
-  const LstmPacking packing = a.quantised ? LstmPacking::kQuantised : LstmPacking::kForward;
-  const void* packed = a.packed;
-  if (!is_packed<Op>(packed, packing, a.I, a.H, a.P)) {
-    void* own = scratch<char>(Slot::kKernel, packed_bytes<Op>(packing, a.I, a.H, a.P));
-    pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, packing, own, a.I, a.H, a.P}, parallel);
-    packed = own;
-  }
+  const LayerWeights<Op> weights = weights_for<Op>(a, parallel);
   const Running<T> cell(Slot::kCell, a.c_n, a.c_0, a.B * a.H);
   const Parallel threads = threads_for(schedule.tokens() * a.H * (a.I + a.P) * 8, parallel);
-  // With layer norm a thread walks along rows, from panel to panel: its own ones alone stay in its cache.
-  const bool apart = a.variant.norm_gates == nullptr;
+  // With layer norm a thread walks along rows, from panel to panel: its own ones alone stay in its cache. Weights where
+  // they lie are transposed by one thread each.
+  const bool apart = a.variant.norm_gates == nullptr && weights.words != nullptr;
   run_rows(schedule, a.lengths, a.reverse, apart, threads,
-           [&](const Schedule& rows, const Parallel& team) { run_forward<Op>(a, packed, cell.values(), rows, team); });
+           [&](const Schedule& rows, const Parallel& team) { run_forward<Op>(a, weights, cell.values(), rows, team); });
   cell.finish();
 }
 
 template <class T>
 void execute(const LstmPackedLayout<T>& a, const Parallel&) {
-  with_operand<T>(a.packing == LstmPacking::kQuantised, a.I, a.P, [&](auto op) {
-    *a.header = header_of<decltype(op)>(a.packing, a.I, a.H, a.P);
-    *a.bytes = packed_bytes<decltype(op)>(a.packing, a.I, a.H, a.P);
+  with_operand<T>(a.quantised, a.I, a.P, [&](auto op) {
+    *a.header = header_of<decltype(op)>(a.quantised, a.I, a.H, a.P);
+    *a.bytes = packed_bytes<decltype(op)>(a.I, a.H, a.P);
   });
 }
 
 template <class T>
 void execute(const LstmPack<T>& a, const Parallel& parallel) {
-  if (a.packing == LstmPacking::kBackward) {
-    return with_operand<T>([&](auto op) { pack_backward<decltype(op)>(a, parallel); });
-  }
-  with_operand<T>(a.packing == LstmPacking::kQuantised, a.I, a.P, [&](auto op) { pack<decltype(op)>(a, parallel); });
+  with_operand<T>(a.quantised, a.I, a.P, [&](auto op) { pack<decltype(op)>(a, parallel); });
 }
 
 template <class T>
@@ -201,11 +184,6 @@ void execute(const LstmWeightGradients<T>& a, const Parallel& parallel) {
   with_operand<T>([&](auto op) { stacked_products<decltype(op)>(a, parallel); });
 }
 
-template <class Op, class T = typename Op::Storage>
-bool has_panels(const LstmBackward<T>& a) {
-  return is_packed<Op>(a.packed, LstmPacking::kBackward, a.I, a.H, a.P);
-}
-
 // The steps of some rows, backwards; grad_h [B, P] and grad_c [B, H] are the running dh and dc.
 template <class Op, class T = typename Op::Storage>
 void run_backward(const LstmBackward<T>& a, const BackwardState<T>& state, Sum<Op>* grad_h, Sum<Op>* grad_c,
@@ -214,25 +192,21 @@ void run_backward(const LstmBackward<T>& a, const BackwardState<T>& state, Sum<O
   const int64_t rows = schedule.rows();
   const bool projects = a.variant.weight_hr != nullptr, norm = a.variant.norm_gates != nullptr;
   const int64_t panels = panels_of<S>(a.H), gates = rows * 4 * words_of<Op>(a.H), pairs = norm ? 2 * panels * rows : 0;
-  const bool packed = has_panels<Op>(a);
-  const int64_t weights = panels_of<S>(a.P) * backward_panel_words<Op>(a.H);
-  const auto [unpacked, packed_hr, before, after, dh] =
-      carve<Word<Op>>(Slot::kKernel, {packed ? 0 : weights, projects ? panels * words_of<Op>(a.P) * kUnits<S> : 0,
-                                      gates, gates, projects ? rows * words_of<Op>(a.P) : 0});
+  // A single step multiplies by the weights once: where they lie.
+  const int64_t weights = a.steps > 1 ? panels_of<S>(a.P) * backward_panel_words<Op>(a.H) : 0;
+  const auto [recurrent, packed_hr, before, after, dh] =
+      carve<Word<Op>>(Slot::kKernel, {weights, projects ? panels * words_of<Op>(a.P) * kUnits<S> : 0, gates, gates,
+                                      projects ? rows * words_of<Op>(a.P) : 0});
   const auto [of_cells, of_gates] = carve<S>(Slot::kMoments, {pairs, pairs});
   if (schedule.ragged()) {  // tiles are multiplied whole
     copy_or_zero<Word<Op>>(before, nullptr, gates);
     copy_or_zero<Word<Op>>(after, nullptr, gates);
     if (projects) clear_tiles<Op>(dh, rows, a.P);
   }
-  const auto* panels_in =
-      reinterpret_cast<const Word<Op>*>(static_cast<const char*>(a.packed) + sizeof(LstmPackHeader));
   const Backward<Op> backward = {a,
                                  schedule,
                                  state,
-                                 packed ? panels_in : unpacked,
-                                 packed ? panels_in + weights : nullptr,
-                                 packed ? nullptr : unpacked,
+                                 weights > 0 ? recurrent : nullptr,
                                  packed_hr,
                                  {before, after},
                                  dh,
@@ -244,16 +218,15 @@ void run_backward(const LstmBackward<T>& a, const BackwardState<T>& state, Sum<O
   run_team(threads, panels, [&](const Share& share) { backward.run(share); });
 }
 
-// grad_gates of every token, and the gradients of the initial states; with packed weights that of the input too.
+// grad_gates of every token, and the gradients of the initial states.
 template <class Op, class T = typename Op::Storage>
 void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, const BackwardState<T>& state,
                            double* norm_cell, const Parallel& parallel) {
   const Running<T> grad_h(Slot::kHidden, a.grad_h_0, a.grad_h_n, a.B * a.P);
   const Running<T> grad_c(Slot::kCell, a.grad_c_0, a.grad_c_n, a.B * a.H);
-  const int64_t columns = a.P + (has_panels<Op>(a) ? a.I : 0);
-  const Parallel threads = threads_for(schedule.tokens() * a.H * columns * 8, parallel);
+  const Parallel threads = threads_for(schedule.tokens() * a.H * a.P * 8, parallel);
   // The gradients of the gains of layer norm are sums over all rows of a step, in one order.
-  const bool apart = a.variant.norm_gates == nullptr;
+  const bool apart = a.variant.norm_gates == nullptr && a.steps > 1;
   run_rows(schedule, a.lengths, a.reverse, apart, threads, [&](const Schedule& rows, const Parallel& team) {
     run_backward<Op>(a, state, grad_h.values(), grad_c.values(), norm_cell, rows, team);
   });
@@ -296,8 +269,8 @@ void backward(const LstmBackward<T>& a, const Schedule& schedule, const Parallel
     copy_narrowed(a.grad_norm_cell, norm_cell, 2 * a.H);
   }
   if (norm) normalized_input_gradients(a, schedule, state, parallel);
-  if (!has_panels<Op>(a)) input_gradient<Op>(a, schedule, grad_gates, parallel);
-  if (a.grad_weight_ih != nullptr) {
+  if (a.grad_input != nullptr) input_gradient<Op>(a, schedule, grad_gates, parallel);
+  if (a.grad_weight_hh != nullptr) {
     weight_gradients<Op>(a, tokens, state, grad_gates, norm ? grad_hidden : grad_gates, parallel);
   }
 }

@@ -2,7 +2,7 @@
 // Many draws from one row on the CPU; the contract is in kernels/decoding.h.
 //
 // Masses are not kept, only sums of them: of every 64 categories, of 64 of these, and so on. A draw walks down and
-// computes the last 64 again; taking a category out sets its bit in a word that those 64 share.
+// computes the last 64 again; taking a category out sets its bit in a word that has one for each of the 64.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -20,8 +20,8 @@ constexpr int64_t kFan = 64;    // categories a word of bits, and sums a sum
 constexpr int kMostLevels = 6;  // 64^6 > kMaxCategories
 constexpr int64_t kGrainDraws = 1 << 8;
 
-// What a row's elements are. A value's key orders it as an integer: kNothing has no mass, and those from kBad on are
-// bad. Integers, because a maximum of floats is not vectorised: it would have to care about NaN.
+// How elements of a row become masses. A value's key orders it as an integer: kNothing has no mass, and keys from kBad
+// on are bad. Integers, because a maximum of floats is not vectorised: it would have to care about NaN.
 template <class T>
 struct Weights {
   using Value = Widened<T>;
@@ -83,7 +83,7 @@ struct Logits {
   static Value value(Key key) { return from_ordered(key); }
 };
 
-// Sums of the masses of a row: of kFan categories, of kFan of those sums, ... of all.
+// Sums of the masses of a row: of kFan categories, of kFan such sums, ... of all.
 struct Tree {
   uint64_t* level[kMostLevels];
   int64_t size[kMostLevels];
@@ -249,7 +249,7 @@ void draw_with_replacement(const Multinomial<T>& a, int bits, const Parallel& pa
 template <class Kind, class T>
 RowFault draw_without_replacement(const Multinomial<T>& a, int64_t b, int bits) {
   const int64_t size = tree_size(a.V);
-  uint64_t* memory = scratch<uint64_t>(Slot::kKernel, size + (a.V + kFan - 1) / kFan);
+  const auto memory = scratch<uint64_t>(Slot::kMultinomialTree, size + (a.V + kFan - 1) / kFan);
   Row<T, Kind> row(a.input + b * a.stride, a.V, bits, memory, memory + size);
   const RowFault fault = row.build(a.n);
   if (fault != RowFault::kNone) return fault;

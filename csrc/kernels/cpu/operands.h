@@ -10,6 +10,8 @@
 // Sums are float32 (float64 for double). Where k is not a multiple of a word's terms the last word is filled with 0.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cpu/storage.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
@@ -22,6 +24,7 @@ struct Wide {
   using Shared = Word;      // what workers hand one another: lstm/tiles.h
   using Projection = Wide;  // what multiplies by W_hr
   static constexpr int kTerms = 1;
+  static constexpr bool kAsStored = std::is_same_v<T, Word>;  // a word is what memory holds
 
   // The terms at `from`, of which `available` exist, one beside the other.
   static Word word(const T* from, int64_t) { return widen(*from); }
@@ -55,6 +58,7 @@ struct Bf16Pairs {
   using Shared = Word;
   using Projection = Bf16Pairs;
   static constexpr int kTerms = 2;
+  static constexpr bool kAsStored = true;
 
   static Word word(const bfloat16* from, int64_t available) {
     const uint32_t second = available > 1 ? from[1].bits : 0;
@@ -79,6 +83,21 @@ struct Bf16Pairs {
   }
 };
 #endif
+
+namespace {
+
+// Calls f with what multiplies T here.
+template <class T, class F>
+void with_operand(const F& f) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (has_bf16()) return f(Bf16Pairs{});
+  }
+#endif
+  f(Wide<T>{});
+}
+
+}  // namespace
 
 template <class Op>
 constexpr int64_t words_of(int64_t terms) {

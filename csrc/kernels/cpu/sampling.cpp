@@ -3,8 +3,8 @@
 //
 // Nothing is sorted. One pass finds the maximum, one adds up the masses where somebody needs their sum. A filter either
 // lists the tokens that pass (sampling/selection.h) or finds where the nucleus ends (sampling/nucleus.h); the draw then
-// skips whole blocks by their masses. Rows go to the threads; where there are fewer rows than threads, a long row is
-// shared.
+// skips whole blocks by their masses. Rows go to the threads; where there are fewer rows than threads, a team works on
+// each long row.
 #include "kernels/sampling.h"
 
 #include "kernels/cpu/sampling/row.h"
@@ -14,11 +14,11 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-constexpr int64_t kGrainTokens = 1 << 14;   // tokens worth waking another core for
-constexpr int64_t kSharedTokens = 1 << 15;  // of one row, worth sharing it
+constexpr int64_t kGrainTokens = 1 << 14;  // tokens worth waking another core for
+constexpr int64_t kTeamTokens = 1 << 15;   // of one row, worth a team
 
 template <class T>
-void sample_shared(const Sample<T>& a, const Parallel& parallel) {
+void sample_by_teams(const Sample<T>& a, const Parallel& parallel) {
   const Workspace workspace(a.V);
   for (int64_t b = 0; b < a.B; ++b) {
     RowSampler<T> row(a, b, workspace);
@@ -38,8 +38,8 @@ void sample_rows(const Sample<T>& a, const Parallel& parallel) {
 
 template <class T>
 void execute(const Sample<T>& a, const Parallel& parallel) {
-  const bool shared = a.B < parallel.threads() && a.V >= kSharedTokens;
-  return shared ? sample_shared(a, parallel) : sample_rows(a, parallel);
+  const bool by_teams = a.B < parallel.threads() && a.V >= kTeamTokens;
+  return by_teams ? sample_by_teams(a, parallel) : sample_rows(a, parallel);
 }
 
 }  // namespace

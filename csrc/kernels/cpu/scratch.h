@@ -1,70 +1,94 @@
 // SPDX-License-Identifier: Apache-2.0
-// Working memory that a thread keeps: a fresh buffer of some megabytes costs more in page faults than the work in it.
+// A kernel's working memory: that which its thread keeps (kernels/thread_memory.h), and buffers for one call.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <new>
+#include <tuple>
+#include <utility>
 
-#include "kernels/pages.h"
+#include "kernels/thread_memory.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
-// One buffer a purpose and thread, so that a kernel may call another one while it holds its own.
-enum class Slot {
-  kPackedA,
-  kPackedB,
-  kSums,
-  kTiles,
-  kHidden,
-  kCell,
-  kProjection,
-  kMoments,
-  kMasks,
-  kKernel,
-  kGates,
-  kScales,
-  kCount
+// A slot that is held, uninitialised, until this is destroyed. Stands for the pointer to its first element.
+template <class T>
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(Slot slot, int64_t count)
+      : memory_(static_cast<T*>(hold_thread_memory(slot, static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)))),
+        slot_(slot) {}
+
+  operator T*() const { return memory_; }
+  T* get() const { return memory_; }
+
+#ifdef LLMKERN_DEBUG
+  ~Scratch() { release(); }
+  Scratch(Scratch&& other) noexcept : memory_(std::exchange(other.memory_, nullptr)), slot_(other.slot_) {}
+  Scratch& operator=(Scratch&& other) noexcept {
+    release();
+    memory_ = std::exchange(other.memory_, nullptr);
+    slot_ = other.slot_;
+    return *this;
+  }
+#else
+  Scratch(Scratch&&) = default;
+  Scratch& operator=(Scratch&&) = default;
+#endif
+
+ private:
+#ifdef LLMKERN_DEBUG
+  void release() {
+    if (memory_ != nullptr) release_thread_memory(slot_);
+  }
+#endif
+
+  T* memory_ = nullptr;
+  Slot slot_ = Slot::kCount;
 };
 
-// At least `count` elements, aligned to a cache line, uninitialised, valid until this thread asks for the slot again.
 template <class T>
-T* scratch(Slot slot, int64_t count) {
-  struct Buffer {
-    void* memory = nullptr;
-    size_t bytes = 0;
-    ~Buffer() { std::free(memory); }
-  };
-  static thread_local Buffer buffers[static_cast<int>(Slot::kCount)];
-  Buffer& buffer = buffers[static_cast<int>(slot)];
-  const size_t wanted = static_cast<size_t>(count > 0 ? count : 1) * sizeof(T);
-  if (wanted > buffer.bytes) {
-    std::free(buffer.memory);
-    const size_t alignment = wanted < kHugePageBytes ? 64 : kHugePageBytes;
-    const size_t bytes = (wanted + alignment - 1) / alignment * alignment;
-    buffer.memory = std::aligned_alloc(alignment, bytes);
-    buffer.bytes = buffer.memory == nullptr ? 0 : bytes;
-    if (buffer.memory == nullptr) throw std::bad_alloc();
-    advise_huge_pages(buffer.memory, bytes);
-  }
-  return static_cast<T*>(buffer.memory);
+Scratch<T> scratch(Slot slot, int64_t count) {
+  return Scratch<T>(slot, count);
 }
 
-// Cuts a slot into arrays of these sizes, each aligned to a cache line.
+// A slot cut into arrays, for `const auto [first, second] = carve<T>(...)`: each is a T*.
 template <class T, size_t n>
-std::array<T*, n> carve(Slot slot, const int64_t (&sizes)[n]) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-  int64_t total = 0;
-  for (int64_t size : sizes) total += (size + kLine - 1) / kLine * kLine;
-  T* memory = scratch<T>(slot, total);
-  std::array<T*, n> arrays;
-  for (size_t i = 0; i < n; ++i) {
-    arrays[i] = memory;
-    memory += (sizes[i] + kLine - 1) / kLine * kLine;
+class Carved {
+ public:
+  Carved(Slot slot, const int64_t (&sizes)[n]) : memory_(slot, total(sizes)) {
+    T* memory = memory_;
+    for (size_t i = 0; i < n; memory += whole_lines(sizes[i++])) arrays_[i] = memory;
   }
-  return arrays;
+
+  T* operator[](size_t i) const { return arrays_[i]; }
+  template <size_t i>
+  T* get() const {
+    return arrays_[i];
+  }
+
+ private:
+  static int64_t whole_lines(int64_t size) {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+    return (size + kLine - 1) / kLine * kLine;
+  }
+  static int64_t total(const int64_t (&sizes)[n]) {
+    int64_t sum = 0;
+    for (int64_t size : sizes) sum += whole_lines(size);
+    return sum;
+  }
+
+  Scratch<T> memory_;
+  std::array<T*, n> arrays_;
+};
+
+// Arrays of these sizes, each aligned to a cache line.
+template <class T, size_t n>
+Carved<T, n> carve(Slot slot, const int64_t (&sizes)[n]) {
+  return Carved<T, n>(slot, sizes);
 }
 
 // Memory for one call, uninitialised; for sizes that depend on data and may never come again.
@@ -72,7 +96,7 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count) : data_(static_cast<T*>(std::malloc(static_cast<size_t>(count + 1) * sizeof(T)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ == nullptr) fail_for_working_memory(static_cast<size_t>(count + 1) * sizeof(T));
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
@@ -86,3 +110,11 @@ class Buffer {
 };
 
 }  // namespace llmkern::cpu::LLMKERN_ISA
+
+template <class T, size_t n>
+struct std::tuple_size<llmkern::cpu::LLMKERN_ISA::Carved<T, n>> : std::integral_constant<size_t, n> {};
+
+template <size_t i, class T, size_t n>
+struct std::tuple_element<i, llmkern::cpu::LLMKERN_ISA::Carved<T, n>> {
+  using type = T*;
+};

@@ -207,6 +207,68 @@ inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// Vectors lie in parts of 16 bytes, within which shuffles are cheapest.
+template <class T>
+constexpr int kPartLanes = 16 / static_cast<int>(sizeof(T));
+
+// The part at each of as many places as a vector has parts, `stride` bytes from one to the next.
+template <class T>
+inline Vec<T> load_parts(const char* from, int64_t stride) {
+#if defined(__AVX512F__)
+  const auto part = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * stride)); };
+  __m512i v = _mm512_maskz_broadcast_i32x4(0x000f, part(0));
+  v = _mm512_mask_broadcast_i32x4(v, 0x00f0, part(1));
+  v = _mm512_mask_broadcast_i32x4(v, 0x0f00, part(2));
+  return (Vec<T>)_mm512_mask_broadcast_i32x4(v, 0xf000, part(3));
+#elif defined(__AVX2__)
+  const auto part = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * stride)); };
+  return (Vec<T>)_mm256_inserti128_si256(_mm256_castsi128_si256(part(0)), part(1), 1);
+#else
+  static_cast<void>(stride);
+  return load(reinterpret_cast<const T*>(from));
+#endif
+}
+
+// Of every part the lower or the upper halves of a and b: their elements of `step` lanes, in turn.
+template <class T, int step, bool upper>
+inline Vec<T> interleaved(Vec<T> a, Vec<T> b) {
+  constexpr int lanes = kLanes<T>, part = kPartLanes<T>;
+  typename IndexOf<T>::type from;
+  for (int j = 0; j < lanes; ++j) {
+    const int pair = j % part / (2 * step), of_b = j % part / step % 2, within = j % step;
+    from[j] = of_b * lanes + j / part * part + (upper ? part / 2 : 0) + pair * step + within;
+  }
+  return __builtin_shuffle(a, b, from);
+}
+
+// square[k][i] = element k of row i, for as many rows as there are lanes, `stride` bytes from one to the next. A vector
+// is loaded in parts of different rows, so that only squares of a part are left to transpose.
+template <class T>
+[[gnu::always_inline]] inline void load_parts_transposed(const void* rows, int64_t stride,
+                                                         Vec<T> (&square)[kLanes<T>]) {
+  constexpr int part = kPartLanes<T>;
+  const char* from = static_cast<const char*>(rows);
+#pragma GCC unroll 8
+  for (int k = 0; k < kLanes<T>; k += part) {
+    const auto row = [&](int i) {
+      return load_parts<T>(from + i * stride + k * static_cast<int64_t>(sizeof(T)), part * stride);
+    };
+    if constexpr (part == 2) {
+      const Vec<T> a = row(0), b = row(1);
+      square[k] = interleaved<T, 1, false>(a, b);
+      square[k + 1] = interleaved<T, 1, true>(a, b);
+    } else {
+      const Vec<T> a = row(0), b = row(1), c = row(2), d = row(3);
+      const Vec<T> ab = interleaved<T, 1, false>(a, b), cd = interleaved<T, 1, false>(c, d);
+      const Vec<T> ab_upper = interleaved<T, 1, true>(a, b), cd_upper = interleaved<T, 1, true>(c, d);
+      square[k] = interleaved<T, 2, false>(ab, cd);
+      square[k + 1] = interleaved<T, 2, true>(ab, cd);
+      square[k + 2] = interleaved<T, 2, false>(ab_upper, cd_upper);
+      square[k + 3] = interleaved<T, 2, true>(ab_upper, cd_upper);
+    }
+  }
+}
+
 // Every lane takes the place of the one that is so many before it. A template, so that the shuffle is a constant.
 template <class T, int places>
 inline Vec<T> rotated(Vec<T> v) {

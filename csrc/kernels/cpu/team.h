@@ -9,7 +9,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <stdexcept>
 #include <thread>
 
 #include "kernels/parallel.h"
@@ -20,12 +19,17 @@
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
+// About two microseconds of spinning, more than workers come apart in a step; then the one that is waited for may need
+// this very core.
 inline void pause_briefly(int64_t turn) {
 #ifdef LLMKERN_X86
   _mm_pause();
 #endif
-  if (turn % 4096 == 4095) std::this_thread::yield();  // someone may be waiting for this very core
+  if (turn % 64 == 63) std::this_thread::yield();
 }
+
+// Another worker has failed.
+struct Abandoned {};
 
 // Reusable; every party must come as often as every other, unless one gives up.
 class Barrier {
@@ -41,7 +45,7 @@ class Barrier {
       return;
     }
     for (int64_t turn = 0; phase_.load(std::memory_order_acquire) == phase; ++turn) {
-      if (abandoned_.load(std::memory_order_relaxed)) throw std::runtime_error("llmkern: another worker failed");
+      if (abandoned_.load(std::memory_order_relaxed)) throw Abandoned{};
       pause_briefly(turn);
     }
   }
@@ -60,7 +64,7 @@ struct Share {
 };
 
 // Divides `parts` among the threads: f(Share) on each of them, side by side; on one thread if `parts` are few or the
-// pool does not run its calls at once.
+// pool does not run its calls at once. Of workers that fail because another one has, the pool hears nothing.
 template <class F>
 void run_team(const Parallel& parallel, int64_t parts, const F& f) {
   struct RollCall {
@@ -88,6 +92,8 @@ void run_team(const Parallel& parallel, int64_t parts, const F& f) {
     roll.barrier.set_parties(roll.calls.load());  // everybody writes the same number
     try {
       f(Share{parts * first / threads, parts * last / threads, roll.barrier});
+    } catch (const Abandoned&) {
+      return;
     } catch (...) {
       roll.barrier.give_up();
       throw;

@@ -134,23 +134,6 @@ inline int device_attribute(const char* operation, cudaDeviceAttr attribute) {
   return value;
 }
 
-// 80 for compute capability 8.0, 90 for 9.0, of the current device.
-inline int compute_capability(const char* operation) {
-  return 10 * device_attribute(operation, cudaDevAttrComputeCapabilityMajor) +
-         device_attribute(operation, cudaDevAttrComputeCapabilityMinor);
-}
-
-// The most blocks of this shape that the current device holds at once: the limit of a cooperative grid.
-template <class... Parameters>
-int64_t resident_blocks(const char* operation, void (*kernel)(Parameters...), const LaunchShape& shape) {
-  int blocks = 0;
-  const int threads = static_cast<int>(shape.block.x * shape.block.y * shape.block.z);
-  check(allow(kernel, shape), operation, text(shape));
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shape.shared_bytes), operation,
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return int64_t{blocks} * device_attribute(operation, cudaDevAttrMultiProcessorCount);
-}
-
 // ---- on the device --------------------------------------------------------------------------------------------------
 
 // The block's dynamic shared memory, aligned to 128 bytes. One array: a kernel that needs several divides it.

@@ -1,132 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
 """First and second derivatives of llmkern::lstm, for autograd and for torch.func."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from llmkern.ops import _checks
+from llmkern.ops._derivatives import vjp
 from llmkern.ops.lstm import composite, vmap
+from llmkern.ops.lstm.arguments import (
+    LAYER,
+    MASKS,
+    OPTIONS,
+    PARAMETERS,
+    SAVED,
+    UPSTREAM,
+    Backward,
+    BackwardResults,
+    Forward,
+    ForwardResults,
+)
+
+
+def _named(values: Any, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(values, name) for name in names}
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *parameters, _, zoneout_h, zoneout_c, reverse, save_cells, _ = inputs
-    step_output, _, _, cells, *rest = output
-    ctx.options = zoneout_h, zoneout_c, reverse
-    ctx.saved = save_cells
+    call, results = Forward(*inputs), ForwardResults(*output)
+    ctx.options = _named(call, OPTIONS)
+    # The kernels of the CPU compute gates again; nobody computes cell states again.
+    ctx.saved_enough = call.save_cells and (call.save_gates or not call.input.is_cuda)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*rest)
-    ctx.save_for_backward(*parameters, step_output, cells, *rest)
+    ctx.mark_non_differentiable(results.gates, results.normalized, results.scales)
+    kept = _named(call, (*LAYER, *MASKS)) | _named(results, SAVED)
+    ctx.save_for_backward(*kept.values())
 
 
-def _backward(ctx, grad_output, grad_h_n, grad_c_n, grad_cells, *_):  # type: ignore[no-untyped-def]
-    if not ctx.saved:
-        raise RuntimeError("llmkern.lstm: expected save_cells=True for a backward pass, got False")
-    saved = ctx.saved_tensors  # once: a checkpoint computes them for a single look
-    grad_input, grad_h_0, grad_c_0, _, grad_ih, grad_hh, grad_bias, *grad_variant = _run_backward(
-        grad_output, grad_h_n, grad_c_n, grad_cells, *saved, *ctx.options, True
-    )
-    bias, variant = saved[5], saved[7:10]
-    return (
-        grad_input,
-        grad_h_0,
-        grad_c_0,
-        grad_ih,
-        grad_hh,
+def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    # saved_tensors once: a checkpoint computes them for a single look.
+    kept = dict(zip((*LAYER, *MASKS, *SAVED), ctx.saved_tensors, strict=True))
+    if not ctx.saved_enough:
+        kept |= _saved_again(Forward(**_without(kept, SAVED), **ctx.options))
+    # Autograd leaves out trailing arguments that have their default values.
+    needs = zip(Forward._fields, ctx.needs_input_grad, strict=False)
+    wanted = {name for name, needed in needs if needed}
+    upstream = dict(zip(UPSTREAM, grads, strict=False))
+    weights, need_input = not wanted.isdisjoint(PARAMETERS), "input" in wanted
+    call = Backward(**upstream, **kept, **ctx.options, weights=weights, need_input=need_input)
+    results = _run_backward(call)
+    found = {
+        name: getattr(results, f"grad_{name}")
+        for name in wanted
+        if not name.startswith("bias_")  # they share theirs
+    }
+    if "bias_ih" in wanted:
+        found["bias_ih"] = results.grad_bias
+    if "bias_hh" in wanted:
         # Two tensors: autograd may add into a gradient in place.
-        *((None, None) if bias is None else (grad_bias, grad_bias.clone())),
-        *[None if t is None else grad for t, grad in zip(variant, grad_variant, strict=True)],
-        *[None] * 9,
-    )
+        found["bias_hh"] = results.grad_bias.clone() if "bias_ih" in wanted else results.grad_bias
+    return tuple(found.get(name) for name in Forward._fields)
 
 
-# Among the arguments of llmkern::lstm_backward: the gradients from above, what the layer computes with, its masks, and
-# after what the forward pass saved, its numbers.
-_UPSTREAM, _LAYER, _MASKS, _OPTIONS = slice(0, 4), slice(4, 14), slice(14, 17), slice(22, 26)
-_SHIFT = 10  # after the layer's tensors: what composite.lstm adds to the gates
+def _without(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _saved_again(call: Forward) -> dict[str, Any]:
+    """What a forward pass that was recorded without gradients in mind (a trace, an exported program) did not save."""
+    with torch.no_grad():
+        results = run(call._replace(save_cells=True, save_gates=True))
+    return _named(results, SAVED)
 
 
 def _save_for_second_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    zoneout_h, zoneout_c, reverse, ctx.weights = inputs[_OPTIONS]
-    ctx.options = {"zoneout_h": zoneout_h, "zoneout_c": zoneout_c, "reverse": reverse}
+    call = Backward(*inputs)
+    ctx.options = _named(call, (*OPTIONS, "weights"))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        *inputs[: _MASKS.stop]
-    )  # what the forward pass saved is a function of them
+    # Without what the forward pass saved: it is a function of them.
+    ctx.save_for_backward(*_named(call, (*UPSTREAM, *LAYER, *MASKS)).values())
 
 
 def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     """Differentiates the gradients of the composite layer; whoever asks for a graph of that gets one."""
-    tensors = ctx.saved_tensors
-    needed = [i for i, needs in enumerate(ctx.needs_input_grad[: _LAYER.stop]) if needs]
-    wanted = [i for i, grad in enumerate(grads) if grad is not None]
-    results = [None] * len(ctx.needs_input_grad)
+    given = dict(zip((*UPSTREAM, *LAYER, *MASKS), ctx.saved_tensors, strict=True))
+    needs = zip(Backward._fields, ctx.needs_input_grad, strict=False)
+    needed = [name for name, needs_grad in needs if needs_grad and name in given]
+    wanted = [n for n, g in zip(BackwardResults._fields, grads, strict=True) if g is not None]
 
     def first_gradients(*variables):  # type: ignore[no-untyped-def]
-        given = list(tensors)
-        for i, variable in zip(needed, variables, strict=True):
-            given[i] = variable
-        upstream, layer, masks = given[_UPSTREAM], given[_LAYER], given[_MASKS]
-        return _first_gradients(upstream, layer, masks, ctx.options, ctx.weights, wanted)
+        now = given | dict(zip(needed, variables, strict=True))
+        return _first_gradients(now, ctx.options, wanted)
 
-    _, pullback = _vjp(first_gradients, *[tensors[i] for i in needed])
-    for i, grad in zip(needed, pullback(tuple(grads[i] for i in wanted)), strict=True):
-        results[i] = grad
-    return tuple(results)
+    _, pullback = vjp(first_gradients, *[given[name] for name in needed])
+    upstream = BackwardResults(*grads)
+    seconds = pullback(tuple(getattr(upstream, name) for name in wanted))
+    found = dict(zip(needed, seconds, strict=True))
+    return tuple(found.get(name) for name in Backward._fields)
 
 
-def _first_gradients(upstream, layer, masks, options, weights, wanted):  # type: ignore[no-untyped-def]
+def _first_gradients(given: dict[str, Any], options: dict[str, Any], wanted: list[str]):  # type: ignore[no-untyped-def]
     """Those of the results of llmkern::lstm_backward that are wanted, differentiable themselves."""
-    (T, B, _), gates, dtype = layer[0].shape, layer[3].shape[0], layer[0].dtype
-    shift = layer[0].new_zeros(T, B, gates, dtype=_checks.widened(dtype))
-    # Where the layer has what a result is the gradient of. That of the gates is that of the shift; of a bias, its sum.
-    places = {0: 0, 1: 1, 2: 2, 3: _SHIFT}
-    if weights:
-        places = {0: 0, 1: 1, 2: 2, 4: 3, 5: 4, 6: _SHIFT}
-        places |= {i: i for i in (7, 8, 9) if layer[i] is not None}
-    by = sorted({places[i] for i in wanted if i in places})
-    used = [i for i, grad in enumerate(upstream) if grad is not None]
+    options = dict(options)
+    weights = options.pop("weights")
+    (T, B, _), gates, dtype = (
+        given["input"].shape,
+        given["weight_ih"].shape[0],
+        given["input"].dtype,
+    )
+    layer = {name: given[name] for name in (*LAYER, *MASKS)}
+    layer["shift"] = given["input"].new_zeros(T, B, gates, dtype=_checks.widened(dtype))
+    # The argument of composite.lstm that a result is the gradient of: that of the gates is that of the shift, of a
+    # bias its sum.
+    argument_of = {"grad_bias" if weights else "grad_gates": "shift"}
+    for name in LAYER:
+        if layer[name] is not None and (weights or name not in PARAMETERS):
+            argument_of[f"grad_{name}"] = name
+    by = sorted({argument_of[name] for name in wanted if name in argument_of})
+    used = [i for i, name in enumerate(UPSTREAM) if given[name] is not None]
 
     def outputs_of(*variables):  # type: ignore[no-untyped-def]
-        given = [*layer, shift]
-        for i, variable in zip(by, variables, strict=True):
-            given[i] = variable
-        *tensors, shifted = given
-        outputs = composite.lstm(*tensors, *masks, **options, shift=shifted)
+        outputs = composite.lstm(**(layer | dict(zip(by, variables, strict=True))), **options)
         return tuple(outputs[i] for i in used)
 
-    _, pullback = _vjp(outputs_of, *[[*layer, shift][i] for i in by])
-    found = dict(zip(by, pullback(tuple(upstream[i] for i in used)), strict=True))
-    if weights and _SHIFT in found:
-        found[_SHIFT] = found[_SHIFT].sum((0, 1))
-    empty = layer[0].new_zeros(0)
-    return tuple(found[places[i]].to(dtype) if i in places else empty for i in wanted)
-
-
-def _vjp(f, *primals):  # type: ignore[no-untyped-def]
-    """torch.func.vjp, which refuses to run beside hooks for saved tensors, for the world outside of torch.func too."""
-    if torch._C._are_functorch_transforms_active():
-        return torch.func.vjp(f, *primals)
-    go_on = torch.is_grad_enabled()
-    with torch.enable_grad():
-        variables = [
-            t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in primals
-        ]
-        outputs = f(*variables)
-
-    def pullback(upstream):  # type: ignore[no-untyped-def]
-        pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
-        if not pairs or not variables:
-            return [torch.zeros_like(v) for v in variables]
-        return torch.autograd.grad(
-            [o for o, _ in pairs],
-            variables,
-            [u for _, u in pairs],
-            create_graph=go_on,
-            materialize_grads=True,
-        )
-
-    return outputs, pullback
+    _, pullback = vjp(outputs_of, *[layer[name] for name in by])
+    gradients = pullback(tuple(given[UPSTREAM[i]] for i in used))
+    found = dict(zip(by, gradients, strict=True))
+    if weights and "shift" in found:
+        found["shift"] = found["shift"].sum((0, 1))
+    empty = given["input"].new_zeros(0)
+    results = [found.get(argument_of.get(name, "")) for name in wanted]
+    return tuple(empty if grad is None else grad.to(dtype) for grad in results)
 
 
 torch.library.register_autograd("llmkern::lstm", _backward, setup_context=_save_for_backward)
@@ -180,10 +185,22 @@ class LayerBackward(torch.autograd.Function):
         return vmap.backward(LayerBackward.apply, info, in_dims, *args)
 
 
-def _run_backward(*args: Any) -> Any:
+def run(call: Forward) -> ForwardResults:
+    """The operator, by the shortest way that records what has to be recorded."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return ForwardResults(*torch.ops.llmkern.lstm.default(*call))
     if torch._C._are_functorch_transforms_active():
-        return LayerBackward.apply(*args)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.ops.llmkern.lstm_backward.default(*args)
+        return ForwardResults(*Layer.apply(*call))  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled():
+        return ForwardResults(*RecordedLayer.apply(*call))  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.llmkern.lstm_backward.default(*args)
+        return ForwardResults(*torch.ops.llmkern.lstm.default(*call))
+
+
+def _run_backward(call: Backward) -> BackwardResults:
+    if torch._C._are_functorch_transforms_active():
+        return BackwardResults(*LayerBackward.apply(*call))  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return BackwardResults(*torch.ops.llmkern.lstm_backward.default(*call))
+    with torch._C._AutoDispatchBelowAutograd():
+        return BackwardResults(*torch.ops.llmkern.lstm_backward.default(*call))

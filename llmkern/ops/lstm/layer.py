@@ -4,6 +4,18 @@
 i, f, o = sigmoid(...)   g = tanh(...)   of   W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
 c_t = f * c_{t-1} + i * g
 h_t = o * tanh(c_t)
+
+Which way a call takes (the kernels are those of csrc; the composite layer is composite.py, in operations of torch):
+
+    call                                            forward pass        its gradients       second derivatives
+    lstm or lstm_cell on the CPU, any variant       kernel              kernel              composite
+    lstm or lstm_cell on CUDA, plain or lengths     kernel              kernel              composite
+    any other variant on CUDA                       composite           autograd's own      autograd's own
+    forward mode (jvp, dual numbers), any device    composite           autograd's own      autograd's own
+    torch.func: grad, vjp, jacrev, vmap             kernel, rows folded into one batch by vmap.py; autograd.Layer
+    nn.LSTMCell in a loop, on the CPU               lstm_step: a product over all steps for the weights (loop.py)
+    nn.LSTM, plain, without gradients, on the CPU   lstm_layers: all layers in one call
+    compiled, exported, traced                      the operator, recorded by its name; gradients as above
 """
 
 from collections.abc import Sequence
@@ -15,6 +27,10 @@ from torch.autograd import forward_ad
 
 from llmkern.ops import _autocast, _checks
 from llmkern.ops.lstm import autograd, composite
+from llmkern.ops.lstm.arguments import LAYER, Backward, BackwardResults, Forward, ForwardResults
+
+# What goes wrong between here and the operator where an argument is no tensor, or another one than it should be.
+WRONG_ARGUMENTS = AttributeError, RuntimeError, TypeError, ValueError
 
 
 def lstm(
@@ -47,7 +63,8 @@ def lstm(
 
     Args:
         input: [T, B, I], T at least 1; float32, float64, bfloat16 or float16. Sums and cell state are float32 for
-            16-bit types. Under autocast every tensor is cast to its dtype.
+            16-bit types. Under autocast every tensor is cast to its dtype; on the CPU, as in torch, to the dtype of
+            c_0 where that is wider, so that a float32 state stays one.
         h_0, c_0: initial states, [B, P] and [B, H]; P is H without a projection.
         weight_ih: [4*H, I], gates i, f, g, o. weight_hh: [4*H, P].
         bias_ih, bias_hh: [4*H], both or neither.
@@ -89,25 +106,34 @@ def lstm(
     if _beyond_kernels(input, variant):
         tensors = _validated("lstm", "T, B, I", *layer)
         valid = _valid_masks(input, *masks)
-        results = composite.lstm(*(*tensors, *valid, zoneout_h, zoneout_c, reverse))
-        return results if return_cells else results[:3]
+        results: Any = composite.lstm(*(*tensors, *valid, zoneout_h, zoneout_c, reverse))
+        return _returned(results, weight_hr is not None, return_cells)
     try:
-        tensors = _autocast.cast(*layer, sixteen_bits_on_cpu=True)
+        tensors = _autocast.cast_recurrent(c_0, *layer)
         saves = _saves("lstm", tensors, packed)
-        output, h_n, c_n, cells, *_ = _run(
-            *tensors,
-            None if lengths is None else _valid_lengths(lengths, input),
-            reset,
-            seed,
-            packed,
-            zoneout_h,
-            zoneout_c,
-            reverse,
-            saves or return_cells,
-            saves and not (recompute and input.device.type == "cpu"),
+        results = autograd.run(
+            Forward(
+                **dict(zip(LAYER, tensors, strict=True)),
+                lengths=None if lengths is None else _valid_lengths(lengths, input),
+                reset=reset,
+                seed=seed,
+                packed=packed,
+                zoneout_h=zoneout_h,
+                zoneout_c=zoneout_c,
+                reverse=reverse,
+                save_cells=saves or return_cells,
+                save_gates=saves and not (recompute and input.device.type == "cpu"),
+            )
         )
-    except Exception as error:
-        raise explained(error, "lstm", "T, B, I", *layer, masks=masks) from None
+    except WRONG_ARGUMENTS as error:
+        raise error_in_arguments(error, "lstm", "T, B, I", *layer, masks=masks) from None
+    return _returned(results, weight_hr is not None, return_cells)
+
+
+def _returned(results: Sequence[Tensor], projected: bool, return_cells: bool) -> tuple[Tensor, ...]:
+    output, h_n, c_n, cells = results[:4]
+    if projected:
+        output, h_n = _autocast.cast_product(output), _autocast.cast_product(h_n)
     return (output, h_n, c_n, cells) if return_cells else (output, h_n, c_n)
 
 
@@ -128,22 +154,20 @@ def lstm_cell(
         step, *others = _validated("lstm_cell", "B, I", *layer)
         return composite.lstm(step.unsqueeze(0), *others)[1:3]
     try:
-        tensors: Any = _autocast.cast(*layer, sixteen_bits_on_cpu=True)
-        saves = _saves("lstm_cell", tensors, packed)
-        _, h_1, c_1, *_ = _run(
-            tensors[0].unsqueeze(0),
-            *tensors[1:],
-            *[None] * 6,
-            packed,
-            0.0,
-            0.0,
-            False,
-            saves,
-            saves,
+        step, *others = _autocast.cast_recurrent(c_0, *layer)
+        saves = _saves("lstm_cell", (step, *others), packed)
+        results = autograd.run(
+            Forward(
+                step.unsqueeze(0),
+                **dict(zip(LAYER[1:7], others, strict=True)),
+                packed=packed,
+                save_cells=saves,
+                save_gates=saves,
+            )
         )
-    except Exception as error:
-        raise explained(error, "lstm_cell", "B, I", *layer) from None
-    return h_1, c_1
+    except WRONG_ARGUMENTS as error:
+        raise error_in_arguments(error, "lstm_cell", "B, I", *layer) from None
+    return results.h_n, results.c_n
 
 
 def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -182,7 +206,10 @@ def _beyond_kernels(input: Tensor, variant: bool) -> bool:
 
 def _saves(op: str, tensors: Sequence[Tensor | None], packed: Tensor | None) -> bool:
     """Whether there may be a backward pass, which needs what the forward pass computed on the way."""
-    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    saves = any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        # A trace is the same whether it is made under no_grad or not: torch compares both, and either may be trained.
+        return saves and torch.jit.is_tracing()
     if saves and packed is not None and packed.dtype == torch.int8:
         raise ValueError(
             f"llmkern.{op}: expected no gradients with int8 weights, got an argument that requires them; "
@@ -191,19 +218,7 @@ def _saves(op: str, tensors: Sequence[Tensor | None], packed: Tensor | None) -> 
     return saves
 
 
-def _run(*arguments: Any) -> tuple[Tensor, ...]:
-    """The operator, by the shortest way that records what has to be recorded."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return torch.ops.llmkern.lstm.default(*arguments)  # type: ignore[no-any-return]
-    if torch._C._are_functorch_transforms_active():
-        return autograd.Layer.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
-    if torch.is_grad_enabled():
-        return autograd.RecordedLayer.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.llmkern.lstm.default(*arguments)  # type: ignore[no-any-return]
-
-
-def explained(
+def error_in_arguments(
     error: Exception, op: str, input_letters: str, *layer: Any, masks: Any = None
 ) -> Exception:
     """What is wrong with these arguments, or the error itself: the operator checks them too, but in its own words.
@@ -267,13 +282,13 @@ def _valid_lengths(lengths: Tensor, input: Tensor) -> Tensor:
     return lengths.to(torch.int64)
 
 
-def _validated(op: str, input_letters: str, *tensors: Tensor | None) -> tuple[Any, ...]:
+def _validated(op: str, input_letters: str, *tensors: Any) -> tuple[Any, ...]:
     for name, tensor in zip(
         ("input", "h_0", "c_0", "weight_ih", "weight_hh"), tensors, strict=False
     ):
         _checks.check_tensor(op, name, tensor)
-    cast = _autocast.cast(*tensors, sixteen_bits_on_cpu=True)
-    _validate(op, input_letters, *cast)  # type: ignore[arg-type]
+    cast = _autocast.cast_recurrent(tensors[2], *tensors)
+    _validate(op, input_letters, *cast)
     return cast
 
 
@@ -329,103 +344,69 @@ def _validate(
 
 
 @torch.library.register_fake("llmkern::lstm")
-def _lstm_fake(  # type: ignore[no-untyped-def]
-    input,
-    h_0,
-    c_0,
-    weight_ih,
-    weight_hh,
-    bias_ih=None,
-    bias_hh=None,
-    weight_hr=None,
-    norm_gates=None,
-    norm_cell=None,
-    lengths=None,
-    reset=None,
-    seed=None,
-    packed=None,
-    zoneout_h=0.0,
-    zoneout_c=0.0,
-    reverse=False,
-    save_cells=False,
-    save_gates=False,
-):
-    layer = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
-    _validate("lstm", "T, B, I", *layer, weight_hr, norm_gates, norm_cell)
+def _lstm_fake(*args: Any, **kwargs: Any) -> Any:
+    call = Forward(*args, **kwargs)
+    input, c_0 = call.input, call.c_0
+    _validate("lstm", "T, B, I", *[getattr(call, name) for name in LAYER])
     T, B, _ = input.shape
-    H, P = c_0.shape[1], h_0.shape[1]
+    H, P = c_0.shape[1], call.h_0.shape[1]
     wide = _checks.widened(input.dtype)
-    norm = save_gates and norm_gates is not None
-    return (
-        input.new_empty(T, B, P),
-        input.new_empty(B, P),
-        input.new_empty(B, H),
-        input.new_empty((T, B, H) if save_cells else (0,), dtype=wide),
-        input.new_empty((T, B, 4 * H) if save_gates else (0,)),
-        input.new_empty((2, T, B, 4 * H) if norm else (0,)),
-        input.new_empty((T, B, 4) if norm else (0,), dtype=wide),
+    norm = call.save_gates and call.norm_gates is not None
+    return ForwardResults(
+        output=input.new_empty(T, B, P),
+        h_n=input.new_empty(B, P),
+        c_n=input.new_empty(B, H),
+        cells=input.new_empty((T, B, H) if call.save_cells else (0,), dtype=wide),
+        gates=input.new_empty((T, B, 4 * H) if call.save_gates else (0,)),
+        normalized=input.new_empty((2, T, B, 4 * H) if norm else (0,)),
+        scales=input.new_empty((T, B, 4) if norm else (0,), dtype=wide),
     )
 
 
 @torch.library.register_fake("llmkern::lstm_step")
-def _lstm_step_fake(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, packed=None):  # type: ignore[no-untyped-def]
+def _lstm_step_fake(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh):  # type: ignore[no-untyped-def]
     size = c_0.numel() * (_checks.widened(c_0.dtype).itemsize + 4 * c_0.dtype.itemsize)
     saved = c_0.new_empty(size, dtype=torch.uint8)
     return c_0.new_empty(c_0.shape), c_0.new_empty(c_0.shape), saved
 
 
 @torch.library.register_fake("llmkern::lstm_step_backward")
-def _lstm_step_backward_fake(grad_h, grad_c, c_0, weight_ih, weight_hh, saved, packed=None):  # type: ignore[no-untyped-def]
+def _lstm_step_backward_fake(grad_h, grad_c, c_0, weight_ih, weight_hh, saved):  # type: ignore[no-untyped-def]
     B, H = c_0.shape
     return tuple(c_0.new_empty(B, n) for n in (weight_ih.shape[1], H, H, 4 * H))
 
 
 @torch.library.register_fake("llmkern::lstm_layers")
-def _lstm_layers_fake(input, h_0, c_0, packed, has_bias, batch_first=False):  # type: ignore[no-untyped-def]
-    _checks.check_same_device("lstm", {"input": input, "h_0": h_0, "c_0": c_0, "packed": packed})
+def _lstm_layers_fake(input, h_0, c_0, parameters, packed, batch_first=False):  # type: ignore[no-untyped-def]
+    _checks.check_same_device(
+        "lstm", {"input": input, "h_0": h_0, "c_0": c_0, "weight_ih": parameters[0]}
+    )
     output = input.new_empty(*input.shape[:-1], h_0.shape[-1])
     return output, input.new_empty(h_0.shape), input.new_empty(h_0.shape)
 
 
 @torch.library.register_fake("llmkern::lstm_backward")
-def _lstm_backward_fake(  # type: ignore[no-untyped-def]
-    grad_output,
-    grad_h_n,
-    grad_c_n,
-    grad_cells,
-    input,
-    h_0,
-    c_0,
-    weight_ih,
-    weight_hh,
-    bias_ih,
-    bias_hh,
-    weight_hr,
-    norm_gates,
-    norm_cell,
-    lengths,
-    reset,
-    seed,
-    output,
-    cells,
-    gates,
-    normalized,
-    scales,
-    zoneout_h=0.0,
-    zoneout_c=0.0,
-    reverse=False,
-    weights=True,
-    packed=None,
-):
-    T, B, _ = input.shape
-    dense = [input.new_empty(t.shape) for t in (input, h_0, c_0)]
-    grad_gates = input.new_empty((0,) if weights else (T, B, weight_ih.shape[0]))
-    bias = input.new_empty(weight_ih.shape[0])
-    wanted = (weight_ih, weight_hh, bias, weight_hr, norm_gates, norm_cell)
-    return (
-        *dense,
-        grad_gates,
-        *[input.new_empty(t.shape if weights and t is not None else (0,)) for t in wanted],
+def _lstm_backward_fake(*args: Any, **kwargs: Any) -> Any:
+    call = Backward(*args, **kwargs)
+    (T, B, _), columns = call.input.shape, call.weight_ih.shape[0]
+    variants = call.weight_hr, call.norm_gates, call.lengths, call.reset
+    zoneout = call.zoneout_h > 0 or call.zoneout_c > 0
+    plain = all(v is None for v in variants) and not zoneout
+
+    def gradient_of(tensor: Tensor | None, wanted: bool = True) -> Tensor:
+        return call.input.new_empty(tensor.shape if wanted and tensor is not None else (0,))
+
+    return BackwardResults(
+        grad_input=gradient_of(call.input, call.need_input),
+        grad_h_0=gradient_of(call.h_0),
+        grad_c_0=gradient_of(call.c_0),
+        grad_gates=call.input.new_empty((T, B, columns) if plain and not call.weights else (0,)),
+        grad_weight_ih=gradient_of(call.weight_ih, call.weights),
+        grad_weight_hh=gradient_of(call.weight_hh, call.weights),
+        grad_bias=call.input.new_empty(columns if call.weights else 0),
+        grad_weight_hr=gradient_of(call.weight_hr, call.weights),
+        grad_norm_gates=gradient_of(call.norm_gates, call.weights),
+        grad_norm_cell=gradient_of(call.norm_cell, call.weights),
     )
 
 

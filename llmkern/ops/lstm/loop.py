@@ -13,14 +13,15 @@ differentiated in their turn, a step gives the gradients of its weights like any
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from llmkern.ops import _checks
-from llmkern.ops.lstm.layer import explained
+from llmkern.ops.lstm.layer import WRONG_ARGUMENTS, error_in_arguments
 
 Weights = Sequence[Tensor | None]
 _STEP = torch.ops.llmkern.lstm_step.default
@@ -32,32 +33,26 @@ class LstmLoop:
 
     Args:
         weights: weight_ih, weight_hh, bias_ih, bias_hh; leaves, of one float dtype, on the CPU.
-        packed: what :func:`llmkern.ops.lstm_pack` made of them; another tensor as soon as they change.
-        pack_backward: gives what ``torch.ops.llmkern.lstm_pack_backward`` makes of them, or None.
     """
 
-    def __init__(
-        self, weights: Weights, packed: Tensor, pack_backward: Callable[[], Tensor | None]
-    ) -> None:
-        self.packed, self.pack_backward = packed, pack_backward
+    def __init__(self, weights: Weights) -> None:
         self.left: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        self._weights, self._wanted = weights, _wanted(weights)
+        self._weights, self._noted = weights, _noted(weights)
         # The hub has `left` alone: with the loop itself it would keep itself alive.
         self._token = _Hub.apply(self.left, *weights)  # type: ignore[no-untyped-call]
         self.hub = self._token.grad_fn
 
-    def is_of(self, weights: Weights, packed: Tensor) -> bool:
-        if self.packed is not packed or self._wanted != _wanted(weights):
-            return False
-        return all(map(operator.is_, self._weights, weights))
+    def is_of(self, weights: Weights) -> bool:
+        same = all(map(operator.is_, self._weights, weights))
+        return same and self._noted == _noted(weights)
 
     def step(self, input: Tensor, h_0: Tensor, c_0: Tensor) -> tuple[Tensor, Tensor]:
         """:func:`llmkern.ops.lstm_cell` with these weights."""
         state = input, h_0, c_0
         try:
             return _Step.apply(self, *state, self._token, *self._weights)  # type: ignore[no-any-return, no-untyped-call]
-        except Exception as error:
-            raise explained(error, "lstm_cell", "B, I", *state, *self._weights) from None
+        except WRONG_ARGUMENTS as error:
+            raise error_in_arguments(error, "lstm_cell", "B, I", *state, *self._weights) from None
 
 
 def can_defer(weights: Weights) -> bool:
@@ -67,9 +62,9 @@ def can_defer(weights: Weights) -> bool:
     return plain and any(w.requires_grad for w in given)
 
 
-def _wanted(weights: Weights) -> list[bool]:
-    """What autograd notes down about a leaf that may change while a graph lives."""
-    return [w is not None and w.requires_grad for w in weights]
+def _noted(weights: Weights) -> list[Any]:
+    """What autograd notes down about a leaf, and what may change while a graph lives."""
+    return [w if w is None else (w.requires_grad, w.dtype, w.shape) for w in weights]
 
 
 class _Hub(Function):
@@ -99,7 +94,7 @@ class _Step(Function):
     @staticmethod
     def forward(ctx, loop, input, h_0, c_0, token, *weights):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
-            h_1, c_1, saved = _STEP(input, h_0, c_0, *weights, loop.packed)
+            h_1, c_1, saved = _STEP(input, h_0, c_0, *weights)
         ctx.loop = loop
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, h_0, c_0, *weights, saved, h_1)
@@ -116,7 +111,7 @@ class _Step(Function):
         loop = ctx.loop
         with torch._C._AutoDispatchBelowAutograd():
             grad_x, grad_h_0, grad_c_0, grad_gates = _STEP_BACKWARD(
-                grad_h, grad_c, c_0, w_ih, w_hh, saved, loop.pack_backward()
+                grad_h, grad_c, c_0, w_ih, w_hh, saved
             )
         if torch._C._will_engine_execute_node(loop.hub):
             steps = loop.left.setdefault(torch._C._current_graph_task_id(), [])

@@ -8,99 +8,95 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-# The dimension in which rows lie, in every argument and result; None: not per row.
-_STATES = (1, 0, 0)
-_PARAMETERS = (None,) * 7
-_MASKS = (0, 1, None)
-_SAVED = (1, 1, 1, 2, 1)
-_FORWARD = (*_STATES, *_PARAMETERS, *_MASKS, None)
-_RESULTS = (*_STATES, *_SAVED[1:])
-_BACKWARD = (*_STATES, 1, *_STATES, *_PARAMETERS, *_MASKS, *_SAVED)
-_GRADIENTS = (*_STATES, 1)
+from llmkern.ops._derivatives import one_by_one
+from llmkern.ops.lstm.arguments import Backward, BackwardResults, Forward, ForwardResults
+
+# The dimension in which rows lie, in arguments and results; no other has any.
+_ROWS = {"input": 1, "h_0": 0, "c_0": 0, "lengths": 0, "reset": 1}
+_ROWS |= {"output": 1, "h_n": 0, "c_n": 0, "cells": 1, "gates": 1, "normalized": 2, "scales": 1}
+_ROWS |= {"grad_output": 1, "grad_h_n": 0, "grad_c_n": 0, "grad_cells": 1}
+_ROWS |= {"grad_input": 1, "grad_h_0": 0, "grad_c_0": 0, "grad_gates": 1}
+
+Dims = dict[str, int | None]
 
 
 def layer(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
     """The vmap rule of llmkern::lstm; ``call`` runs it."""
-    n, tensors = info.batch_size, len(_FORWARD)
-    zoneout_h, zoneout_c = args[tensors : tensors + 2]
-    masks = args[12] is not None and (zoneout_h > 0 or zoneout_c > 0)  # a row's place is in them
-    if masks or not _foldable(_FORWARD, in_dims):
-        return _one_by_one(call, n, in_dims, args)
-    results = call(*_fold(args[:tensors], in_dims, _FORWARD, n), *args[tensors:])
-    return _unfold(results, _RESULTS, n)
+    n, given, at = info.batch_size, Forward(*args), dict(zip(Forward._fields, in_dims, strict=True))
+    if _masks_know_rows(given) or not _foldable(at):
+        return one_by_one(call, n, in_dims, args)
+    results = ForwardResults(*call(*_fold(given, at, n)))
+    return _unfold(results._asdict(), n)
 
 
 def backward(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
     """The vmap rule of llmkern::lstm_backward; ``call`` runs it."""
-    n, tensors = info.batch_size, len(_BACKWARD)
-    zoneout_h, zoneout_c, reverse, weights = args[tensors : tensors + 4]
-    # Elsewhere the gradients of the gates, all that rows have on their own, do not tell those of the weights.
-    plain = all(args[i] is None for i in (11, 12, 14, 15)) and zoneout_h == zoneout_c == 0
-    if not plain or args[4].is_cuda or not _foldable(_BACKWARD, in_dims):
-        return _one_by_one(call, n, in_dims, args)
-    folded = _fold(args[:tensors], in_dims, _BACKWARD, n)
-    results = call(*folded, zoneout_h, zoneout_c, reverse, False)
-    per_row, dims = _unfold(results[:4], _GRADIENTS, n)
-    if not weights:
-        return (*per_row, *results[4:]), (*dims, *[None] * 6)
-    input, h_0, output = (folded[i] for i in (4, 5, 17))
-    first = h_0.unsqueeze(0)
-    previous = torch.cat([output[1:], first] if reverse else [first, output[:-1]])
-    grad_gates, (x, h) = per_row[3], _unfold((input, previous), (1, 1), n)[0]
-    grads = (
-        torch.einsum("tnbg,tnbi->ngi", grad_gates, x),
-        torch.einsum("tnbg,tnbi->ngi", grad_gates, h),
-        grad_gates.sum((0, 2)),
+    n, given = info.batch_size, Backward(*args)
+    at = dict(zip(Backward._fields, in_dims, strict=True))
+    if _masks_know_rows(given) or not _foldable(at) or (given.weights and not _is_plain(given)):
+        return one_by_one(call, n, in_dims, args)
+    folded = Backward(*_fold(given, at, n))
+    results = BackwardResults(*call(*folded._replace(weights=False)))
+    unfolded, dims = _unfold(results._asdict(), n)
+    if not given.weights:
+        return unfolded, dims
+    first = folded.h_0.unsqueeze(0)
+    steps = [folded.output[1:], first] if given.reverse else [first, folded.output[:-1]]
+    rows, _ = _unfold({"input": folded.input, "output": torch.cat(steps)}, n)
+    found, found_at = BackwardResults(*unfolded), BackwardResults(*dims)
+    found = found._replace(
+        grad_gates=results.grad_weight_ih,  # nobody asked for them: empty
+        grad_weight_ih=torch.einsum("tnbg,tnbi->ngi", found.grad_gates, rows[0]),
+        grad_weight_hh=torch.einsum("tnbg,tnbi->ngi", found.grad_gates, rows[1]),
+        grad_bias=found.grad_gates.sum((0, 2)),
     )
-    none, _, _, *variant = results[4:]
-    return (*per_row[:3], none, *grads, *variant), (*dims[:3], None, 0, 0, 0, *[None] * 3)
+    found_at = found_at._replace(grad_gates=None, grad_weight_ih=0, grad_weight_hh=0, grad_bias=0)
+    return tuple(found), tuple(found_at)
 
 
-def _foldable(dims: Sequence[int | None], in_dims: Sequence[int | None]) -> bool:
+def _masks_know_rows(given: Forward | Backward) -> bool:
+    """Whether a row's place in the batch is in the masks that are drawn for it."""
+    return given.seed is not None and (given.zoneout_h > 0 or given.zoneout_c > 0)
+
+
+def _is_plain(given: Backward) -> bool:
+    """Whether the gradients of the gates, all that rows have on their own, tell those of the weights."""
+    variants = given.weight_hr, given.norm_gates, given.lengths, given.reset
+    return all(v is None for v in variants) and given.zoneout_h == given.zoneout_c == 0
+
+
+def _foldable(at: Dims) -> bool:
     """Whether nothing is mapped but what has rows."""
-    return all(at is None or dim is not None for at, dim in zip(in_dims, dims, strict=False))
+    return all(dim is None or name in _ROWS for name, dim in at.items())
 
 
-def _one_by_one(
-    call: Callable[..., Any], n: int, in_dims: Sequence[int | None], args: Sequence[Any]
-) -> Any:
-    results = [
-        call(*[a if at is None else a.select(at, i) for a, at in zip(args, in_dims, strict=True)])
-        for i in range(n)
-    ]
-    stacked = tuple(torch.stack(r) for r in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
-
-
-def _fold(
-    tensors: Sequence[Any], in_dims: Sequence[int | None], dims: Sequence[int | None], n: int
-) -> list[Any]:
+def _fold(given: Forward | Backward, at: Dims, n: int) -> list[Any]:
     """Every tensor with n times the rows: [.., B, ..] as [.., n * B, ..]."""
     folded = []
-    for tensor, at, dim in zip(tensors, in_dims, dims, strict=False):
-        if tensor is not None and dim is not None and not _is_absent(tensor, at):
-            if at is None:
-                sizes = [*tensor.shape[:dim], n, *tensor.shape[dim:]]
-                tensor = tensor.unsqueeze(dim).expand(sizes)
+    for name, value in given._asdict().items():
+        rows, mapped = _ROWS.get(name), at[name]
+        if value is not None and rows is not None and not _is_absent(value, mapped):
+            if mapped is None:
+                sizes = [*value.shape[:rows], n, *value.shape[rows:]]
+                value = value.unsqueeze(rows).expand(sizes)
             else:
-                tensor = tensor.movedim(at, dim)
-            tensor = tensor.flatten(dim, dim + 1)
-        folded.append(tensor)
+                value = value.movedim(mapped, rows)
+            value = value.flatten(rows, rows + 1)
+        folded.append(value)
     return folded
 
 
-def _unfold(tensors: Sequence[Tensor], dims: Sequence[int], n: int) -> Any:
+def _unfold(results: dict[str, Any], n: int) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
     """The inverse, and where the mapped dimension lies in each."""
-    at = tuple(None if _is_absent(t) else dim for t, dim in zip(tensors, dims, strict=True))
+    dims = tuple(None if _is_absent(value) else _ROWS.get(name) for name, value in results.items())
     unfolded = tuple(
-        t if dim is None else t.unflatten(dim, (n, t.shape[dim] // n))
-        for t, dim in zip(tensors, at, strict=True)
+        value if dim is None else value.unflatten(dim, (n, value.shape[dim] // n))
+        for value, dim in zip(results.values(), dims, strict=True)
     )
-    return unfolded, at
+    return unfolded, dims
 
 
-def _is_absent(tensor: Tensor, at: int | None = None) -> bool:
+def _is_absent(tensor: Any, at: int | None = None) -> bool:
     """What nobody asked for is an empty vector."""
-    return tensor.dim() == (1 if at is None else 2) and tensor.numel() == 0
+    return bool(tensor.dim() == (1 if at is None else 2) and tensor.numel() == 0)

@@ -2,7 +2,9 @@
 // The steps of one LSTM layer, backward.
 #pragma once
 
-#include "kernels/cpu/lstm/forward.h"
+#include "kernels/cpu/lstm/layer_norm.h"
+#include "kernels/cpu/lstm/steps.h"
+#include "kernels/cpu/lstm/zoneout.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
@@ -26,19 +28,6 @@ struct BackwardState {
   }
 };
 
-// Words of a panel of columns of a weight [4H, columns]; each gate begins with a new word.
-template <class Op>
-int64_t backward_panel_words(int64_t H) {
-  return 4 * words_of<Op>(H) * kUnits<Sum<Op>>;
-}
-
-template <class Op>
-void pack_backward_panel(const typename Op::Storage* weight, int64_t columns, int64_t H, int64_t panel, Word<Op>* to) {
-  for (int64_t g = 0; g < 4; ++g, to += words_of<Op>(H) * kUnits<Sum<Op>>) {
-    pack_columns_of_panel<Op>(weight + g * H * columns, columns, H, panel, to);
-  }
-}
-
 template <class Op>
 struct Backward {
   using T = typename Op::Storage;
@@ -47,13 +36,11 @@ struct Backward {
   const LstmBackward<T>& a;
   const Schedule& schedule;
   const BackwardState<T>& state;
-  const Word<Op>* recurrent;  // [panels of P][words of 4 gates][kUnits]: the recurrent weights
-  const Word<Op>* inputs;     // those of the input, or null: then their products are made later, of all steps at once
-  Word<Op>* unpacked;         // where `recurrent` is still to be written, or null
-  Word<Op>* packed_hr;        // [panels][words of P][kUnits]
-  Word<Op>* da_tiles[2];      // [B, 4H] in tiles: the gradient of W_hh h of the step before, and of this step
-  Word<Op>* dh_tiles;         // [B, P] in tiles: that of W_hr (o * tanh(c)) of this step
-  S *grad_h, *grad_c;         // [B, P], [B, H]: the running dh and dc
+  Word<Op>* recurrent;    // [panels of P][words of 4 gates][kUnits]: the packed recurrent weights, or null: in place
+  Word<Op>* packed_hr;    // [panels][words of P][kUnits]
+  Word<Op>* da_tiles[2];  // [B, 4H] in tiles: the gradient of W_hh h of the step before, and of this step
+  Word<Op>* dh_tiles;     // [B, P] in tiles: that of W_hr (o * tanh(c)) of this step
+  S *grad_h, *grad_c;     // [B, P], [B, H]: the running dh and dc
   Pairs<S> cell_products, gate_products;
   double* norm_cell;  // [2, H]: gradients of gain and bias of the cell's layer norm
 
@@ -87,6 +74,9 @@ struct Backward {
 
   int64_t gate_words() const { return words_of<Op>(a.H); }
   int64_t panel_words() const { return backward_panel_words<Op>(a.H); }
+  ColumnsInPlace<Op> recurrent_in_place(int64_t panel) const {
+    return {a.weight_hh, a.P, a.H, panel, scratch<Word<Op>>(Slot::kPanel, kBlockWords<Op, 1> * kUnits<S>)};
+  }
   int64_t projection_words() const { return words_of<Op>(a.P) * kUnits<S>; }
   bool norm() const { return a.variant.norm_gates != nullptr; }
   bool projects() const { return a.variant.weight_hr != nullptr; }
@@ -104,7 +94,6 @@ struct Backward {
   Work work(const Share& share) const;
   void pack(const Share& share) const;
   void carry(const Work& work, int64_t panel, int64_t t, const Word<Op>* above) const;
-  void carry_to_input(const Work& work, int64_t t, const Word<Op>* above) const;
   Vec<S> hidden_gradient(const Work& work, const Token& at, int64_t panel) const;
   void project(const Work& work, int64_t panel, int64_t t) const;
   void unproject(const Work& work, int64_t t) const;
@@ -138,11 +127,11 @@ typename Backward<Op>::Work Backward<Op>::work(const Share& share) const {
 template <class Op>
 void Backward<Op>::pack(const Share& share) const {
   const Share mine = projected<S>(share, a.H, a.P);
-  for (int64_t p = mine.begin; unpacked != nullptr && p < mine.end; ++p) {
-    pack_backward_panel<Op>(a.weight_hh, a.P, a.H, p, unpacked + p * panel_words());
+  for (int64_t p = mine.begin; recurrent != nullptr && p < mine.end; ++p) {
+    recurrent_in_place(p).copy(0, 4 * gate_words(), recurrent + p * panel_words());
   }
   for (int64_t p = share.begin; projects() && p < share.end; ++p) {
-    pack_columns_of_panel<Op>(a.variant.weight_hr, a.H, a.P, p, packed_hr + p * projection_words());
+    pack_columns<Op>(a.variant.weight_hr, a.H, a.P, p, 0, words_of<Op>(a.P), packed_hr + p * projection_words());
   }
 }
 
@@ -150,8 +139,14 @@ void Backward<Op>::pack(const Share& share) const {
 template <class Op>
 void Backward<Op>::carry(const Work& work, int64_t panel, int64_t t, const Word<Op>* above) const {
   const int64_t active = schedule.active(t), n = units_of<S>(panel, a.P);
-  multiply<Op, kBackwardRows, 1>(active, schedule.rows(), 4 * gate_words(), above, recurrent + panel * panel_words(), n,
-                                 work.dh, false);
+  const auto by = [&](const auto& weights) {
+    multiply<Op, kBackwardRows, 1>(active, schedule.rows(), 4 * gate_words(), above, weights, n, work.dh, false);
+  };
+  if (recurrent != nullptr) {
+    by(PackedPanel<Op, 1>{recurrent + panel * panel_words()});
+  } else {
+    by(recurrent_in_place(panel));
+  }
   for (int64_t i = 0; i < active; ++i) {
     const int64_t row = schedule.row(i);
     S* running = grad_h + row * a.P + panel * kUnits<S>;
@@ -159,21 +154,6 @@ void Backward<Op>::carry(const Work& work, int64_t panel, int64_t t, const Word<
     if (work.zoneouts.hidden.any()) dh += load(running, n);
     if (resets(a.variant, t, row, a.B)) dh = Vec<S>{};
     store(running, dh, n);
-  }
-}
-
-// dx = da W_ih of the step t, the share's panels.
-template <class Op>
-void Backward<Op>::carry_to_input(const Work& work, int64_t t, const Word<Op>* above) const {
-  const Share mine = projected<S>(work.share, a.H, a.I);
-  const int64_t active = schedule.active(t);
-  for (int64_t p = mine.begin; p < mine.end; ++p) {
-    multiply<Op, kBackwardRows, 1>(active, schedule.rows(), 4 * gate_words(), above, inputs + p * panel_words(),
-                                   units_of<S>(p, a.I), work.dh, false);
-    for (int64_t i = 0; i < active; ++i) {
-      T* to = a.grad_input + (t * a.B + schedule.row(i)) * a.I + p * kUnits<S>;
-      store_narrow(to, load(work.dh + i * kUnits<S>), units_of<S>(p, a.I));
-    }
   }
 }
 
@@ -207,7 +187,7 @@ template <class Op>
 void Backward<Op>::unproject(const Work& work, int64_t t) const {
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     multiply<Op, kBackwardRows, 1>(schedule.active(t), schedule.rows(), words_of<Op>(a.P), dh_tiles,
-                                   packed_hr + p * projection_words(), units_of<S>(p, a.H),
+                                   PackedPanel<Op, 1>{packed_hr + p * projection_words()}, units_of<S>(p, a.H),
                                    work.hidden_row(p, 0, schedule.rows()), false);
   }
 }
@@ -400,7 +380,6 @@ void Backward<Op>::run(const Share& share) const {
       if (s > 0 && projects()) project(mine, p, t);
       if (s > 0 && !norm() && !projects()) finish(mine, p, t, da_tiles[(s + 1) % 2]);
     }
-    if (inputs != nullptr && s < schedule.steps()) carry_to_input(mine, schedule.time(s), da_tiles[s % 2]);
     if (s == 0) break;
     if (projects()) {
       share.barrier.wait();  // dh is complete

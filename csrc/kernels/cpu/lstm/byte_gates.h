@@ -10,7 +10,7 @@
 // is two products of bytes. Their sums are integers, so no order of summation matters.
 #pragma once
 
-#include "kernels/cpu/lstm/tiles.h"
+#include "kernels/cpu/lstm/panels.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
@@ -121,9 +121,11 @@ struct Gates<Bytes> {
     return own;
   }
 
-  static void multiply(int64_t M, int64_t, int64_t K, const int32_t* tiles, const int32_t* panel, int64_t, float* c,
-                       bool accumulate) {
+  // 8 bits are a copy that somebody asked for: such panels are always packed.
+  static void multiply(int64_t M, int64_t, int64_t K, const int32_t* tiles, const GatePanel<Bytes>& of, int64_t,
+                       float* c, bool accumulate) {
     const int64_t size = ByteRow::size(K);
+    const int32_t* const panel = of.packed;
     for (; M >= kRows; M -= kRows, tiles += kRows * size, c += kRows * kGatesWidth<float>) {
       multiply_bytes<kRows>(K, tiles, panel, c, accumulate);
     }
@@ -131,8 +133,7 @@ struct Gates<Bytes> {
     if (M == 1) multiply_bytes<1>(K, tiles, panel, c, accumulate);
   }
 
-  static void pack(const float* weight, int64_t K, int64_t H, int64_t first, bool, int32_t* panel) {
-    const int64_t units = H - first < kUnits<float> ? H - first : kUnits<float>;
+  static void pack(const GatePanel<Bytes>& from, int64_t K, int64_t units, bool, int32_t* panel) {
     const int64_t words = words_of<Bytes>(K);
     memset(panel, 0, static_cast<size_t>(panel_words(K)) * sizeof(int32_t));
     const Buffer<int8_t> row(words * Bytes::kTerms);
@@ -140,7 +141,7 @@ struct Gates<Bytes> {
     for (int64_t gate = 0; gate < 4; ++gate) {
       for (int64_t unit = 0; unit < units; ++unit) {
         int32_t* to = panel + gate * kUnits<float> + unit;
-        const float scale = quantise_weights(weight + (gate * H + first + unit) * K, K, row.data());
+        const float scale = quantise_weights(from.weight + gate * from.gate_stride + unit * K, K, row.data());
         memcpy(to + kGatesWidth<float>, &scale, sizeof scale);
         for (int64_t k = 0; k < K; ++k) to[0] -= 128 * row[k];
         for (int64_t k = 0; k < words; ++k) {

@@ -2,7 +2,9 @@
 // The steps of one LSTM layer, forward.
 #pragma once
 
-#include "kernels/cpu/lstm/variant.h"
+#include "kernels/cpu/lstm/layer_norm.h"
+#include "kernels/cpu/lstm/steps.h"
+#include "kernels/cpu/lstm/zoneout.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
@@ -14,53 +16,8 @@ constexpr int64_t kInputRows = 48;
 // Rows and panels whose gates are computed in one go: the latency of one is hidden by the next.
 constexpr int64_t kFinishRows = 16;
 
-// Rows between the one that is worked on and the one that is asked for.
-constexpr int64_t kFetchAhead = 4;
-
 // Multiplications and additions worth waking another thread for.
 constexpr int64_t kTeamFlops = 1 << 18;
-
-template <class T>
-void copy_or_zero(T* to, const T* from, int64_t count) {
-  if (count == 0) return;  // an empty tensor may have no memory at all
-  if (from != nullptr) {
-    memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
-  } else {
-    memset(to, 0, static_cast<size_t>(count) * sizeof(T));
-  }
-}
-
-// A state that the steps carry on: in its tensor, or beside it where that has fewer bits.
-template <class T>
-class Running {
- public:
-  using S = Widened<T>;
-
-  Running(Slot slot, T* state, const T* initial, int64_t count) : state_(state), count_(count) {
-    if constexpr (std::is_same_v<S, T>) {
-      copy_or_zero(state, initial, count);
-      values_ = state;
-      return;
-    } else {
-      values_ = scratch<S>(slot, count);
-      if (initial == nullptr) {
-        copy_or_zero<S>(values_, nullptr, count);
-      } else {
-        convert(values_, initial, count);
-      }
-    }
-  }
-
-  S* values() const { return values_; }
-  void finish() const {
-    if constexpr (!std::is_same_v<S, T>) convert(state_, values_, count_);
-  }
-
- private:
-  T* state_;
-  S* values_;
-  int64_t count_;
-};
 
 template <class Op>
 struct Forward {
@@ -71,7 +28,7 @@ struct Forward {
 
   const LstmForward<T>& a;
   const Schedule& schedule;
-  PackedWeights<Op> weights;
+  LayerWeights<Op> weights;
   Shared* hidden[2];                    // [B, P]: h of the step before, and of this step
   const Word<Projection>* packed_hr;    // [panels of P][words of H][kUnits]
   Word<Projection>* unprojected_tiles;  // [B, H]: o * tanh(c) of this step
@@ -415,8 +372,8 @@ void Forward<Op>::project(const Work& work, int64_t t, Shared* after) const {
   const int64_t active = schedule.active(t), words = words_of<Projection>(a.H);
   for (int64_t p = share.begin; p < share.end; ++p) {
     multiply<Projection, kForwardRows, 1>(active, schedule.rows(), words, unprojected_tiles,
-                                          packed_hr + p * words * kUnits<S>, units_of<S>(p, a.P), work.projection,
-                                          false);
+                                          PackedPanel<Projection, 1>{packed_hr + p * words * kUnits<S>},
+                                          units_of<S>(p, a.P), work.projection, false);
     for (int64_t first = 0; first < active; first += kForwardRows) {
       const int64_t count = active - first < kForwardRows ? active - first : kForwardRows;
       Vec<S> outputs[kForwardRows];
@@ -445,7 +402,7 @@ void Forward<Op>::run(const Share& share) const {
   }
 }
 
-// What beyond a row's length nobody writes.
+// Zeroes everything beyond a row's length.
 template <class T>
 void clear(const LstmForward<T>& a) {
   const int64_t tokens = a.steps * a.B, count = tokens * a.H;

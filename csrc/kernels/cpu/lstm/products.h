@@ -38,7 +38,7 @@ class Tokens {
  private:
   // One product over all of them is rounded once. Where neither weights nor gates are wanted nobody reads them.
   bool gathers_hidden() const {
-    if (a_.grad_weight_ih == nullptr && a_.gates != nullptr) return false;
+    if (a_.grad_weight_hh == nullptr && a_.gates != nullptr) return false;
     return schedule_.ragged() || a_.variant.reset != nullptr || !std::is_same_v<T, Widened<T>>;
   }
 

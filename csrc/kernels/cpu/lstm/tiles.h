@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The products of a recurrence: rows of the batch in tiles, weights in panels, a tile by a panel in registers.
+// The products of a recurrence: rows of the batch in tiles, weights in panels (panels.h), a tile by a panel in
+// registers.
 //
 // A panel is as many hidden units as a vector has lanes, with all the columns that belong to them. A step of a panel is
 // one register tile: a few rows of the batch by the four gates of its units. What a step leaves is written where the
@@ -7,7 +8,6 @@
 #pragma once
 
 #include "kernels/cpu/gemm.h"
-#include "kernels/cpu/lstm/quantisation.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
@@ -97,34 +97,43 @@ void multiply_rows(int64_t height, int64_t K, const Word<Op>* tile, const Word<O
   }
 }
 
-// c[M, columns * lanes] for M rows in tiles, a block of words after the other: the part of the panel that belongs to it
-// stays in the first-level cache while the tiles pass by, and no chain of float32 additions is thousands long. The
-// order of the sum is that of k, whatever M.
-template <class Op, int64_t kRows, int columns, bool half>
-void multiply_blocks(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tiles, const Word<Op>* panel,
+// Words of a panel that are multiplied by all rows before the next ones: as many as fit, and as few as keep the sums as
+// accurate as torch's, which adds over several accumulators.
+constexpr int64_t kLongestChain = 128;
+template <class Op, int columns>
+constexpr int64_t kBlockWords = [] {
+  constexpr int64_t fitting = kPanelBytes / static_cast<int64_t>(columns * kVectorBytes);
+  return fitting < kLongestChain ? fitting : kLongestChain;
+}();
+
+// c[M, columns * lanes] for M rows in tiles, a block of words after the other: the part of the panel that belongs to
+// it, block(k, n) for n words from k on, stays in the first-level cache while the tiles pass by, and no chain of
+// float32 additions is thousands long. The order of the sum is that of k, whatever M.
+template <class Op, int64_t kRows, int columns, bool half, class Block>
+void multiply_blocks(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tiles, const Block& block,
                      Sum<Op>* c, bool accumulate) {
-  constexpr int64_t width = columns * kLanes<Sum<Op>>, fitting = kPanelBytes / (width * sizeof(Word<Op>));
-  constexpr int64_t depth = fitting < kBlockK ? fitting : kBlockK;
+  constexpr int64_t width = columns * kLanes<Sum<Op>>, depth = kBlockWords<Op, columns>;
   if (words == 0 && !accumulate) memset(c, 0, static_cast<size_t>(M * width) * sizeof(Sum<Op>));
   for (int64_t k = 0; k < words; k += depth) {
     const int64_t n = words - k < depth ? words - k : depth;
+    const Word<Op>* const panel = block(k, n);
     for (int64_t row = 0; row < M; row += kRows) {
       const int64_t height = tile_height<kRows>(row, total_rows);
-      multiply_rows<Op, kRows, columns, half>(height, n, tiles + row * words + k * height, panel + k * width,
-                                              c + row * width, accumulate || k > 0);
+      multiply_rows<Op, kRows, columns, half>(height, n, tiles + row * words + k * height, panel, c + row * width,
+                                              accumulate || k > 0);
     }
   }
 }
 
 // The same for a panel of `units` units, which may need but half of each vector.
-template <class Op, int64_t kRows, int columns>
-void multiply(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tiles, const Word<Op>* panel, int64_t units,
+template <class Op, int64_t kRows, int columns, class Block>
+void multiply(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tiles, const Block& block, int64_t units,
               Sum<Op>* c, bool accumulate) {
   constexpr bool kHalves = sizeof(typename HalfOf<Sum<Op>>::type) < kVectorBytes;
   if (kHalves && 2 * units <= kUnits<Sum<Op>>) {
-    multiply_blocks<Op, kRows, columns, kHalves>(M, total_rows, words, tiles, panel, c, accumulate);
+    multiply_blocks<Op, kRows, columns, kHalves>(M, total_rows, words, tiles, block, c, accumulate);
   } else {
-    multiply_blocks<Op, kRows, columns, false>(M, total_rows, words, tiles, panel, c, accumulate);
+    multiply_blocks<Op, kRows, columns, false>(M, total_rows, words, tiles, block, c, accumulate);
   }
 }
 
@@ -137,68 +146,6 @@ template <class S>
 int64_t units_of(int64_t panel, int64_t columns) {
   return columns - panel * kUnits<S> < kUnits<S> ? columns - panel * kUnits<S> : kUnits<S>;
 }
-
-// ---- the product that makes gates: rows of K elements by a weight [4H, K]
-
-template <class Op>
-struct Gates {
-  using Storage = typename Op::Storage;
-
-  static int64_t tile_words(int64_t M, int64_t K) { return M * words_of<Op>(K); }
-  static int64_t panel_words(int64_t K) { return words_of<Op>(K) * kGatesWidth<Sum<Op>>; }
-
-  // A row of M into the tiles.
-  static void fill(const Storage* from, int64_t row, int64_t M, int64_t K, Word<Op>* tiles) {
-    fill_row<Op, kForwardRows>(from, K, row, 0, M, words_of<Op>(K), tiles);
-  }
-  // `count` elements of a row, from k on, into what workers share of a step, and the tiles of all that they shared.
-  static void share(const Storage* from, int64_t count, int64_t row, int64_t k, int64_t M, int64_t K,
-                    Word<Op>* shared) {
-    fill_row<Op, kForwardRows>(from, count, row, k / Op::kTerms, M, words_of<Op>(K), shared);
-  }
-  // The same of the first `count` rows of a tile, kUnits apart.
-  static void share_tile(const Storage* rows, int64_t width, int64_t first, int64_t count, int64_t k, int64_t M,
-                         int64_t K, Word<Op>* shared) {
-    fill_tile<Op>(rows, kUnits<Sum<Op>>, width, count, tile_height<kForwardRows>(first, M),
-                  in_tiles<kForwardRows>(shared, first, k / Op::kTerms, M, words_of<Op>(K)));
-  }
-  static const Word<Op>* tiles(const Word<Op>* shared, int64_t, int64_t) { return shared; }
-
-  // c[M, kGatesWidth] of a panel of `units` units  (+ c); the tiles are those of total_rows.
-  static void multiply(int64_t M, int64_t total_rows, int64_t K, const Word<Op>* tiles, const Word<Op>* panel,
-                       int64_t units, Sum<Op>* c, bool accumulate) {
-    cpu::LLMKERN_ISA::multiply<Op, kForwardRows, 4>(M, total_rows, words_of<Op>(K), tiles, panel, units, c, accumulate);
-  }
-
-  // panel[word of k][gate][unit] = W[gate * H + first + unit, k]; units beyond H are 0.
-  static void pack(const Storage* weight, int64_t K, int64_t H, int64_t first, bool quantised, Word<Op>* panel) {
-    const int64_t units = H - first < kUnits<Sum<Op>> ? H - first : kUnits<Sum<Op>>;
-    if (units < kUnits<Sum<Op>>) memset(panel, 0, static_cast<size_t>(panel_words(K)) * sizeof(Word<Op>));
-    const Buffer<Storage> rounded(quantised ? units * K : 0);
-    for (int64_t gate = 0; gate < 4; ++gate) {
-      const Storage* rows = weight + (gate * H + first) * K;
-      if constexpr (std::is_same_v<Storage, float>) {
-        if (quantised) rows = round_to_bytes(rows, units, K, rounded.data());
-      }
-      transpose_words<Op>(rows, K, K, kGatesWidth<Sum<Op>>, units, panel + gate * kUnits<Sum<Op>>);
-    }
-  }
-};
-
-// All weights of a layer: the panels of the input, then those of h.
-template <class Op>
-struct PackedWeights {
-  const Word<Op>* words;
-  int64_t I, H, P;
-
-  static int64_t size(int64_t I, int64_t H, int64_t P) {
-    return panels_of<Sum<Op>>(H) * (Gates<Op>::panel_words(I) + Gates<Op>::panel_words(P));
-  }
-  const Word<Op>* input(int64_t panel) const { return words + panel * Gates<Op>::panel_words(I); }
-  const Word<Op>* hidden(int64_t panel) const {
-    return words + panels_of<Sum<Op>>(H) * Gates<Op>::panel_words(I) + panel * Gates<Op>::panel_words(P);
-  }
-};
 
 }  // namespace
 

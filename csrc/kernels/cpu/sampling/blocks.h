@@ -12,7 +12,7 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-constexpr int64_t kBlock = 1024;  // tokens; what the team divides, and what is skipped when its maximum is too low
+constexpr int64_t kBlock = 1024;  // tokens: a team divides blocks, and skips one whose maximum is too low
 
 // Which lanes of a vector: a mask register where there are some.
 #if defined(__AVX512F__)
@@ -79,7 +79,7 @@ void for_block(const float* y, int64_t begin, int64_t end, const F& f) {
   f(i, load(rest));
 }
 
-// Which tokens of a block, a bit each: those of vector j in bits[j].
+// A set of a block's tokens, a bit each: the tokens of vector j in bits[j].
 struct BlockBits {
   static constexpr int kSpare = 4;
   alignas(64) uint16_t bits[kBlock / kLanes<float>] = {};
@@ -91,7 +91,7 @@ struct BlockBits {
   // Their places in the block, ascending. The number of them.
   //
   // How many there are in a word is as good as random. So a few are written whether they are there or not, and only
-  // what is beyond them costs a branch.
+  // further ones cost a branch.
   int64_t list(int32_t (&places)[kBlock + kSpare]) const {
     constexpr size_t kVectors = sizeof(uint64_t) / sizeof *bits;  // little-endian, as every machine that builds this
     int64_t size = 0;

@@ -10,7 +10,7 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-constexpr float kLeastLive = -FLT_MAX;  // what every token but -inf reaches
+constexpr float kLeastLive = -FLT_MAX;  // every token but -inf reaches it
 
 // Tokens by the octaves of their mass, eight bins each: bin j has masses near 2^(j / 8 - 8).
 constexpr int kMassBins = 8 * (kMassBits + 8) + 1;

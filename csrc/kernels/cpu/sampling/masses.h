@@ -83,8 +83,8 @@ struct Weigher {
 // Numbers in [0, 2^41), rounded to integers and added up, exactly and therefore in any order.
 //
 // There is no cheap way from 16 floats to 64-bit integers. But x = high + low with high a multiple of 2^20; the sums of
-// x + 1.5 * 2^43 and low + 1.5 * 2^23, taken on the bits of these floats, are those of high / 2^20 and of the rounded
-// low, each with a constant a term.
+// x + 1.5 * 2^43 and low + 1.5 * 2^23, taken on the bits of these floats, are the sums of high / 2^20 and of the
+// rounded low, each with a constant a term.
 class ExactSum {
  public:
   static constexpr int kMostTerms = 1024;  // 2^20 each, in 31 bits

@@ -2,8 +2,8 @@
 // The nucleus of a row (top_p over the whole vocabulary): the shortest prefix of the order that has a given mass.
 //
 // It may be a tenth of the vocabulary, too much for a list. A sample of the row tells about where it ends. One pass
-// then adds up what is above that place and lists what is around it; the end is found in the list, exactly. Where the
-// sample misled, the sums show it, and the pass is made again a little higher or lower: a guess costs time, never a
+// then adds up the tokens above that place and lists the ones around it; the end is found in the list, exactly. Where
+// the sample misled, the sums show it, and the pass is made again a little higher or lower: a guess costs time, never a
 // bit.
 #pragma once
 
@@ -16,7 +16,7 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-// Tokens >= high are in, tokens < low are out, as far as a guess goes; those between are candidates.
+// Tokens >= high are in, tokens < low are out, as far as a guess goes; tokens between are candidates.
 struct Bracket {
   float low, high;
 };
@@ -27,12 +27,12 @@ struct Nucleus {
   uint64_t mass;
 };
 
-// What the passes over a row fill, block by block.
+// Memory that the passes over a row fill, block by block.
 struct NucleusWork {
   const float* mass;                    // [V], rounded or not
   uint64_t* block_mass;                 // [blocks], of the nucleus: out
   int32_t *block_count, *block_listed;  // [blocks]: tokens above the bracket, and candidates
-  Candidate *candidates, *work;         // [V]: those of a block from its first token's place on
+  Candidate *candidates, *work;         // [V]: a block's own from its first token's place on
   int64_t logits_element;               // bytes
 };
 
@@ -95,7 +95,7 @@ struct Pass {
   int64_t count_above, num_candidates;
 };
 
-// What the pass found in all blocks; the candidates move together.
+// Adds up the findings of all blocks; the candidates move together.
 Pass collect(const Row& row, const NucleusWork& w) {
   Pass pass = {0, 0, 0};
   for (int64_t block = 0; block < row.blocks(); ++block) {

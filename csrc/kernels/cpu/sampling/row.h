@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One row on its way from logits to a token, by one worker or by a team that shares its blocks.
+// One row on its way from logits to a token, by one worker or by a team that divides its blocks.
 #pragma once
 
 #include <cfloat>
@@ -27,7 +27,8 @@ struct Workspace {
     const size_t blocks = static_cast<size_t>((V + kBlock - 1) / kBlock), whole = blocks * kBlock;
     const size_t per_token = 3 * sizeof(float) + 2 * sizeof(Candidate);
     const size_t per_block = 2 * sizeof(FloatVec) + 2 * sizeof(uint64_t) + 2 * sizeof(int32_t);
-    char* memory = scratch<char>(Slot::kKernel, static_cast<int64_t>(whole * per_token + blocks * per_block));
+    memory_ = scratch<char>(Slot::kSampleRow, static_cast<int64_t>(whole * per_token + blocks * per_block));
+    char* memory = memory_;
     const auto take = [&memory](auto*& array, size_t count) {
       array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(memory);
       memory += count * sizeof *array;
@@ -44,9 +45,12 @@ struct Workspace {
     take(block_count, blocks);
     take(block_listed, blocks);
   }
+
+ private:
+  Scratch<char> memory_;
 };
 
-// What passed the filters: everything, a list, or a prefix of the order.
+// The tokens that passed the filters: all, a list, or a prefix of the order.
 struct Kept {
   enum Kind { kAll, kListed, kNucleus } kind;
   int64_t count;
@@ -293,7 +297,7 @@ class RowSampler {
     });
   }
 
-  // The first top_k of the order and, of those, top_p.
+  // The first top_k of the order and, of these, top_p.
   int64_t list_top_k() {
     if (top_k_ == 1) {
       w_.kept[0] = {row_.maximum, first_of_order(row_), kFullMass};
@@ -303,7 +307,7 @@ class RowSampler {
     return s_.top_p < 1 ? keep_mass(n, fraction_of_mass(s_.top_p, list_sum(w_.kept, n))) : n;
   }
 
-  // What min_p may keep is a prefix of the order too: if the nucleus is not longer, it ends there.
+  // The tokens that min_p keeps are a prefix of the order too: if the nucleus is not longer, it ends there.
   int64_t list_min_p() {
     const int64_t n = gather(row_, reached_by_mass(row_, fraction_of_mass(s_.min_p, kFullMass)), w_.kept);
     if (s_.top_p == 1) return n;

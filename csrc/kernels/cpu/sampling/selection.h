@@ -15,14 +15,14 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 namespace {
 
-// What an order is over: value descending, then id ascending.
+// An item of an order: value descending, then id ascending.
 struct Candidate {
   float value;
   int32_t id;
   uint64_t mass;  // or another weight
 };
 
-// The first tokens of an order: those above `value` and, of those equal to it, the ids up to last_id.
+// The first tokens of an order: all above `value` and, of the ones equal to it, the ids up to last_id.
 struct Prefix {
   float value;
   int32_t last_id;
@@ -70,8 +70,8 @@ Prefix shortest_prefix(const Candidate* list, int64_t n, uint64_t needed, Candid
   const auto offset = [low](const Candidate& c) {
     return static_cast<uint32_t>(ordered(c.value)) - static_cast<uint32_t>(low);
   };
-  // One digit: the candidates that share the digit in which the mass is reached. `needed` becomes what is left for
-  // them.
+  // One digit: the candidates with the digit in which the mass is reached. `needed` becomes the rest, which they have
+  // to make up.
   const auto narrow = [&](const Candidate* from, int shift, const auto& seen) {
     uint64_t mass[256] = {};
     for (int64_t i = 0; i < n; ++i) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.llmkern.lstm_pack: weights in the order in which the kernels read them; and lstm_layers, which needs no
-// others: all layers of a module in one call, for steps that take less time than a call.
+// torch.ops.llmkern.lstm_pack: a copy of weights in the order in which the kernels read them; and lstm_layers: all
+// layers of a module in one call, for steps that take less time than a call.
 #include <cstring>
 #include <tuple>
 
@@ -18,10 +18,10 @@ struct Layout {
 };
 
 // That of packed weights under the instruction set in use.
-Layout layout_of(ScalarType dtype, LstmPacking packing, int64_t I, int64_t H, int64_t P) {
+Layout layout_of(ScalarType dtype, bool quantised, int64_t I, int64_t H, int64_t P) {
   Layout layout;
   const auto ask = [&](auto value) {
-    cpu::run(LstmPackedLayout<decltype(value)>{packing, I, H, P, &layout.header, &layout.bytes}, torch_parallel());
+    cpu::run(LstmPackedLayout<decltype(value)>{quantised, I, H, P, &layout.header, &layout.bytes}, torch_parallel());
   };
   switch (dtype) {
     case ScalarType::Double:
@@ -39,7 +39,7 @@ Layout layout_of(ScalarType dtype, LstmPacking packing, int64_t I, int64_t H, in
   return layout;
 }
 
-Tensor packed_for(LstmPacking packing, const Tensor& weight_ih_any, const Tensor& weight_hh_any) {
+Tensor lstm_pack_cpu(const Tensor& weight_ih_any, const Tensor& weight_hh_any, bool quantised) {
   check_dim(kLstm, "weight_ih", weight_ih_any, 2);
   check_dim(kLstm, "weight_hh", weight_hh_any, 2);
   const int64_t I = weight_ih_any.size(1), H = weight_hh_any.size(0) / 4, P = weight_hh_any.size(1);
@@ -47,26 +47,17 @@ Tensor packed_for(LstmPacking packing, const Tensor& weight_ih_any, const Tensor
   check_shape(kLstm, "weight_hh", weight_hh_any, {4 * H, P});
   check_shape(kLstm, "weight_ih", weight_ih_any, {4 * H, I});
   check_dtype(kLstm, "weight_ih", weight_ih_any, dtype);
-  const bool quantised = packing == LstmPacking::kQuantised;
   if (quantised) check_dtype(kLstm, "weights of 8 bits made of one", weight_hh_any, ScalarType::Float);
   const Tensor weight_ih = row_major(weight_ih_any), weight_hh = row_major(weight_hh_any);
   Tensor packed;
   for_storage_dtype(kLstm, "weight_hh", weight_hh, [&](auto value) {
     using T = decltype(value);
     const ScalarType kept = quantised ? ScalarType::Char : dtype;
-    packed = empty_recycled(weight_hh, {layout_of(dtype, packing, I, H, P).bytes / element_bytes(kept)}, kept);
-    cpu::run(LstmPack<T>{data<T>(weight_ih), data<T>(weight_hh), packing, packed.mutable_data_ptr(), I, H, P},
+    packed = empty_recycled(weight_hh, {layout_of(dtype, quantised, I, H, P).bytes / element_bytes(kept)}, kept);
+    cpu::run(LstmPack<T>{data<T>(weight_ih), data<T>(weight_hh), quantised, packed.mutable_data_ptr(), I, H, P},
              torch_parallel());
   });
   return packed;
-}
-
-Tensor lstm_pack_cpu(const Tensor& weight_ih, const Tensor& weight_hh, bool quantised) {
-  return packed_for(quantised ? LstmPacking::kQuantised : LstmPacking::kForward, weight_ih, weight_hh);
-}
-
-Tensor lstm_pack_backward_cpu(const Tensor& weight_ih, const Tensor& weight_hh) {
-  return packed_for(LstmPacking::kBackward, weight_ih, weight_hh);
 }
 
 LstmPackHeader header_in(const Tensor& packed) {
@@ -76,76 +67,75 @@ LstmPackHeader header_in(const Tensor& packed) {
   return header;
 }
 
-// What lstm_layers takes as `packed`: for one layer after the other what lstm_pack has made of its weights and, where
-// it has any, both biases, filled up to a multiple of 64 bytes.
-class PackedLayers {
+using Tensors = std::vector<Tensor>;
+
+// Plain layers, each on the outputs of the one below, with their parameters as torch.nn.LSTM lists them: weight_ih,
+// weight_hh and, where there are biases, bias_ih, bias_hh of one layer after the other.
+class Layers {
  public:
-  struct Layer {
-    const char *weights, *bias_ih, *bias_hh;
-  };
-
-  PackedLayers(const Tensor& packed, ScalarType dtype, bool has_bias)
-      : packing_(forward_packing(packed.scalar_type(), dtype)), dtype_(dtype), has_bias_(has_bias) {
-    if (!is_quantised()) check_dtype(kLstm, "packed", packed, dtype);
-    if (!packed.is_contiguous()) fail(kLstm, "expected contiguous packed weights, got shape ", shape_text(packed));
-    at_ = static_cast<const char*>(packed.const_data_ptr());
-    left_ = packed.numel() * element_bytes(packed.scalar_type());
-  }
-
-  bool is_quantised() const { return packing_ == LstmPacking::kQuantised; }
-
-  Layer next(int64_t I, int64_t H) {
-    const Layout layout = layout_of(dtype_, packing_, I, H, H);
-    const int64_t bias = 4 * H * element_bytes(dtype_),
-                  size = layout.bytes + (has_bias_ ? (2 * bias + 63) / 64 * 64 : 0);
-    if (left_ < size || std::memcmp(at_, &layout.header, sizeof layout.header) != 0) {
-      fail(kLstm, "expected packed to hold layers with I, H = ", I, ", ", H, " for the instruction set in use");
+  Layers(const Tensors& parameters, const Tensors& packed, int64_t layers, const LstmSizes& first, ScalarType dtype)
+      : dtype_(dtype) {
+    const int64_t given = static_cast<int64_t>(parameters.size()), each = given == 4 * layers ? 4 : 2;
+    if (given != each * layers) {
+      fail(kLstm, "expected 2 or 4 parameters for each of ", layers, " layers, got ", given);
     }
-    const char *weights = at_, *biases = at_ + layout.bytes;
-    at_ += size;
-    left_ -= size;
-    if (!has_bias_) return {weights, nullptr, nullptr};
-    return {weights, biases, biases + bias};
+    if (!packed.empty() && static_cast<int64_t>(packed.size()) != layers) {
+      fail(kLstm, "expected packed weights for none or each of ", layers, " layers, got ", packed.size());
+    }
+    for (int64_t l = 0; l < layers; ++l) {
+      const Tensor* of_layer = parameters.data() + l * each;
+      const LstmSizes n = {first.T, first.B, l == 0 ? first.I : first.H, first.H, first.H};
+      layers_.push_back(
+          {.weight_ih = checked("weight_ih", of_layer[0], {4 * n.H, n.I}),
+           .weight_hh = checked("weight_hh", of_layer[1], {4 * n.H, n.H}),
+           .bias_ih = each == 4 ? OptionalTensor(checked("bias_ih", of_layer[2], {4 * n.H})) : std::nullopt,
+           .bias_hh = each == 4 ? OptionalTensor(checked("bias_hh", of_layer[3], {4 * n.H})) : std::nullopt,
+           .packed = packed.empty() ? std::nullopt : OptionalTensor(row_major(packed[l])),
+           .n = n});
+    }
   }
 
- private:
-  LstmPacking packing_;
-  ScalarType dtype_;
-  bool has_bias_;
-  const char* at_;
-  int64_t left_;
-};
-
-// Plain layers, each on the outputs of the one below. Where they run for one step, these are its h_n.
-template <class T>
-struct Layers {
-  LstmSizes n;  // I: of the first
-  int64_t count;
-  const T *input, *h_0, *c_0;
-  T *output, *h_n, *c_n;
-  T* between[2];  // [T, B, H] each, where there is more than one of steps and layers
-
-  void run(PackedLayers packed) const {
+  // Where they run for one step, the outputs below are their h_n; else they lie in `between`, [T, B, H] each.
+  template <class T>
+  void run(const T* input, const T* h_0, const T* c_0, T* output, T* h_n, T* c_n, T* const (&between)[2]) const {
     const T* from = input;
-    for (int64_t l = 0; l < count; ++l) {
-      const int64_t state = l * n.B * n.H, I = l == 0 ? n.I : n.H;
-      const PackedLayers::Layer layer = packed.next(I, n.H);
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      const Layer& layer = layers_[l];
+      const LstmSizes& n = layer.n;
+      const int64_t state = static_cast<int64_t>(l) * n.B * n.H;
       LstmForward<T> a = {};
       a.input = from;
       a.h_0 = h_0 + state;
       a.c_0 = c_0 + state;
-      a.bias_ih = reinterpret_cast<const T*>(layer.bias_ih);
-      a.bias_hh = reinterpret_cast<const T*>(layer.bias_hh);
-      a.packed = layer.weights;
-      a.quantised = packed.is_quantised();
+      a.weight_ih = data<T>(layer.weight_ih);
+      a.weight_hh = data<T>(layer.weight_hh);
+      a.bias_ih = data<T>(layer.bias_ih);
+      a.bias_hh = data<T>(layer.bias_hh);
+      a.packed = packed_weights(layer.packed, n, dtype_);
+      a.quantised = is_quantised(layer.packed, dtype_);
       a.h_n = h_n + state;
       a.c_n = c_n + state;
-      a.output = l == count - 1 ? output : n.T == 1 ? a.h_n : between[l % 2];
-      a.steps = n.T, a.B = n.B, a.I = I, a.H = a.P = n.H;
+      a.output = l + 1 == layers_.size() ? output : n.T == 1 ? a.h_n : between[l % 2];
+      a.steps = n.T, a.B = n.B, a.I = n.I, a.H = a.P = n.H;
       cpu::run(a, torch_parallel());
       from = a.output;
     }
   }
+
+ private:
+  struct Layer {
+    Tensor weight_ih, weight_hh;
+    OptionalTensor bias_ih, bias_hh, packed;
+    LstmSizes n;
+  };
+
+  Tensor checked(const char* name, const Tensor& parameter, std::initializer_list<int64_t> shape) const {
+    check_parameter(name, parameter, dtype_, shape);
+    return row_major(parameter);
+  }
+
+  ScalarType dtype_;
+  std::vector<Layer> layers_;
 };
 
 void check_states(const char* name, const Tensor& states, const Tensor& input, int64_t layers, int64_t B, int64_t H) {
@@ -158,7 +148,7 @@ Tensor empty_states(const Tensor& input, int64_t layers, int64_t B, int64_t H) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> lstm_layers_cpu(const Tensor& input_any, const Tensor& h_0_any,
-                                                   const Tensor& c_0_any, const Tensor& packed, bool has_bias,
+                                                   const Tensor& c_0_any, Tensors parameters, Tensors packed,
                                                    bool batch_first) {
   const bool batched = input_any.dim() == 3;
   if (!batched) check_dim(kLstm, "input", input_any, 2);
@@ -185,47 +175,40 @@ std::tuple<Tensor, Tensor, Tensor> lstm_layers_cpu(const Tensor& input_any, cons
   for_storage_dtype(kLstm, "input", input, [&](auto value) {
     using T = decltype(value);
     const auto memory = [](const OptionalTensor& tensor) { return tensor ? mutable_data<T>(*tensor) : nullptr; };
-    const Layers<T> run = {n,
-                           layers,
-                           data<T>(input),
-                           data<T>(h_0),
-                           data<T>(c_0),
-                           mutable_data<T>(output),
-                           mutable_data<T>(h_n),
-                           mutable_data<T>(c_n),
-                           {memory(between[0]), memory(between[1])}};
-    run.run(PackedLayers(packed, dtype, has_bias));
+    Layers(parameters, packed, layers, n, dtype)
+        .run<T>(data<T>(input), data<T>(h_0), data<T>(c_0), mutable_data<T>(output), mutable_data<T>(h_n),
+                mutable_data<T>(c_n), {memory(between[0]), memory(between[1])});
   });
   return {swapped ? torch::stable::transpose(output, 0, 1) : output, h_n, c_n};
 }
 
 }  // namespace
 
-const void* packed_weights(const OptionalTensor& packed, LstmPacking packing, const LstmSizes& n, ScalarType dtype) {
+const void* packed_weights(const OptionalTensor& packed, const LstmSizes& n, ScalarType input) {
   if (!packed.has_value()) return nullptr;
-  if (packing != LstmPacking::kQuantised) check_dtype(kLstm, "packed", *packed, dtype);
+  const bool quantised = is_quantised(packed, input);
+  if (!quantised) check_dtype(kLstm, "packed", *packed, input);
   const LstmPackHeader header = header_in(*packed);
   if (header.magic != kLstmPackMagic || header.I != n.I || header.H != n.H || header.P != n.P) {
     fail(kLstm, "expected packed to be what lstm_pack makes of weights with I, H, P = ", n.I, ", ", n.H, ", ", n.P,
          ", got another tensor of shape ", shape_text(*packed));
   }
-  const Layout layout = layout_of(dtype, packing, n.I, n.H, n.P);
+  const Layout layout = layout_of(input, quantised, n.I, n.H, n.P);
   const bool same = packed->numel() * element_bytes(packed->scalar_type()) == layout.bytes && packed->is_contiguous();
   return same && std::memcmp(&header, &layout.header, sizeof header) == 0 ? packed->const_data_ptr() : nullptr;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
   m.def("lstm_pack(Tensor weight_ih, Tensor weight_hh, bool quantised=False) -> Tensor");
-  m.def("lstm_pack_backward(Tensor weight_ih, Tensor weight_hh) -> Tensor");
   m.def(
-      "lstm_layers(Tensor input, Tensor h_0, Tensor c_0, Tensor packed, bool has_bias, bool batch_first=False) -> "
+      "lstm_layers(Tensor input, Tensor h_0, Tensor c_0, Tensor[] parameters, Tensor[] packed, bool batch_first=False) "
+      "-> "
       "(Tensor output, Tensor h_n, Tensor c_n)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
-  m.impl("lstm_pack", TORCH_BOX(&lstm_pack_cpu));
-  m.impl("lstm_pack_backward", TORCH_BOX(&lstm_pack_backward_cpu));
-  m.impl("lstm_layers", TORCH_BOX(&lstm_layers_cpu));
+  LLMKERN_OPERATOR(m, "lstm_pack", &lstm_pack_cpu);
+  LLMKERN_OPERATOR(m, "lstm_layers", &lstm_layers_cpu);
 }
 
 }  // namespace llmkern::ops
