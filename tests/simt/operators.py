@@ -16,6 +16,7 @@ from torch import Tensor
 import llmkern
 from llmkern.ops import _checks
 from llmkern.training import Trainer, TrainingArguments
+from tests import promises
 from tests.conftest import TOLERANCE, assert_close, assert_no_less_accurate
 from tests.ops import philox_oracle as oracle
 
@@ -361,3 +362,10 @@ def test_tokens_of_a_thousand_seeds_are_those_of_the_cpu():
 def test_training_is_that_of_the_cpu():
     """But for rounding: the framework multiplies here, in an order of its own, and training amplifies it."""
     assert train() == pytest.approx(TRAINED_ON_CPU, rel=1e-4)
+
+
+# torch's own, the first time it is asked for derivatives in forward mode.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@promises.every_promise_of(promises.with_cuda_kernels())
+def test_promise(promise, op):
+    promise(op, "cpu")
