@@ -14,8 +14,6 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from llmkern.ops import _derivatives
-
 _LIBRARY = torch.library.Library("llmkern", "FRAGMENT")
 
 
@@ -94,11 +92,3 @@ def _below_autograd(operator: Any, args: Any, modes: _Modes | None) -> Any:
         torch._C._AutoDispatchBelowAutograd(),
     ):
         return operator(*args)
-
-
-def one_by_one(operator: Any, info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-    """The vmap rule of an operator whose samples have nothing to share."""
-    (stacked,), (dim,) = _derivatives.one_by_one(
-        lambda *sample: (operator(*sample),), info.batch_size, in_dims, args
-    )
-    return stacked, dim

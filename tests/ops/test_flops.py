@@ -18,7 +18,7 @@ T, B, I, H, V = 5, 3, 4, 6, 11  # noqa: E741
 # Operators that multiply no matrices.
 WITHOUT_PRODUCTS = {
     *("embedding", "embedding_backward", "dropout", "mask", "sample", "multinomial"),
-    *("beam_search_step", "speculative_verify", "lstm_pack", "lstm_pack_backward"),
+    *("beam_search_step", "speculative_verify", "lstm_pack"),
 }
 
 

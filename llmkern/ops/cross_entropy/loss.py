@@ -65,7 +65,7 @@ def linear_cross_entropy(
     """
     for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         _checks.check_tensor(_OP, name, tensor)
-    tensors: Any = _autocast.cast(input, linear_weight, linear_bias, weight)
+    tensors = _autocast.cast(input, linear_weight, linear_bias, weight)
     input, linear_weight, linear_bias, weight = tensors
     _validate(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
     if target.is_floating_point():
