@@ -72,6 +72,7 @@ def _check_isa(isa: str) -> Iterator[Check]:
         "embedding": _embedding,
         "lstm": _lstm,
         "linear_cross_entropy": _linear_cross_entropy,
+        "linear_logits": _linear_logits,
     }
     for op, case in cases.items():
         for dtype, tolerance in _TOLERANCE.items():
@@ -208,6 +209,19 @@ def _linear_cross_entropy(dtype: torch.dtype) -> Pairs:
     *expected, _ = _reference.linear_cross_entropy_backward(_array(upstream), *arrays, **options)
     pairs: Pairs = [(loss, _reference.linear_cross_entropy(*arrays, **options))]
     return pairs + list(zip(grads, expected, strict=True))
+
+
+def _linear_logits(dtype: torch.dtype) -> Pairs:
+    """Held against the losses of the reference for every class as the target: lse - logit."""
+    N, D, V = 5, 65, 33
+    hidden, weight, bias = (_random(dtype, *shape) for shape in ((N, D), (V, D), (V,)))
+    logits = ops.linear_logits(hidden, weight, bias)
+    arrays, options = (_array(hidden), _array(weight)), {"bias": _array(bias), "reduction": "none"}
+    losses = [
+        _reference.linear_cross_entropy(*arrays, np.full(N, target), **options)
+        for target in range(V)
+    ]
+    return [(-logits.log_softmax(1).mT, np.stack(losses))]
 
 
 # Equality from here on: tokens, counts and even logprobs are defined to the bit.

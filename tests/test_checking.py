@@ -18,6 +18,7 @@ DTYPES = {  # what README says of the CPU
     "embedding": ALL,
     "lstm": ALL | {"int8"},
     "linear_cross_entropy": ALL,
+    "linear_logits": ALL,
     "sample": ALL,
     "filter_logits": ALL,
     "beam_search_step": ALL,

@@ -38,6 +38,12 @@ def _product(*sizes: int) -> int:
     return 2 * prod(sizes)
 
 
+@_formula(_ops.linear_logits)
+def _linear_logits(given: Any, _: Any) -> int:
+    (N, D), (V, _) = given.input, given.weight
+    return _product(N, D, V)
+
+
 @_formula(_ops.lstm)
 def _lstm(given: Any, _: Any) -> int:
     (T, B, I), (_, P), (_, H) = given.input, given.h_0, given.c_0  # noqa: E741
