@@ -8,7 +8,8 @@ import pytest
 from tests.conftest import ROOT
 
 # Headers of csrc/kernels that families share. Every other header there is the contract of a family.
-SHARED = {"arithmetic", "deferred", "half", "mask", "pages", "parallel", "philox", "run"}
+SHARED = {"arithmetic", "cores", "deferred", "half", "mask", "pages", "parallel", "philox", "run"}
+SHARED |= {"thread_memory"}
 FAMILIES = sorted(path.stem for path in ROOT.glob("csrc/kernels/*.h") if path.stem not in SHARED)
 # What every family has, a file or a folder; CONTRIBUTING.md lists the same.
 SIBLINGS = (

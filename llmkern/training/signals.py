@@ -15,9 +15,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class StopRequest:
     """True once SIGINT, SIGTERM or SIGHUP has come; use it in a ``with`` statement.
 
-    The second SIGINT is a KeyboardInterrupt, for those who cannot wait. A signal that the process ignores stays
-    ignored: under nohup a run outlives its terminal. Outside the main thread, where Python
-    delivers no signals, nothing is ever requested.
+    The second SIGINT is a KeyboardInterrupt, for those who cannot wait. Where SIGHUP is ignored it stays so: under
+    nohup a run outlives its terminal. Outside the main thread, where Python delivers no signals, nothing is ever
+    requested.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            heard = [n for n in _SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+            nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            heard = [n for n in _SIGNALS if not (nohup and n == signal.SIGHUP)]
             self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 

@@ -41,9 +41,10 @@ def checked_lanes(name: str, ids: Tensor, option: str, batch_size: int, model: n
         ValueError: it has fewer than 2 * B tokens or an id the model does not know.
     """
     if isinstance(ids, Tensor) and ids.numel() < 2 * batch_size:
+        lower = f"lower {option} or " if batch_size > 1 else ""
         raise ValueError(
             f"llmkern.Trainer: expected {name} of at least 2 * {option} = {2 * batch_size} tokens, "
-            f"got {ids.numel()}; lower {option} or give a longer text"
+            f"got {ids.numel()}; {lower}give a longer text"
         )
     lanes = contiguous_lanes(ids, batch_size)
     vocab_size = getattr(model, "vocab_size", None)

@@ -72,7 +72,8 @@ def test_arguments_that_the_locale_could_not_decode():
 
 # Makes the terminal on standard input the one that the process belongs to, then becomes the command.
 IN_ITS_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, "-m", "llmkern", *sys.argv[1:]])
 """

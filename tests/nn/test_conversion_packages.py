@@ -27,7 +27,7 @@ LAYERS = {
 def test_outputs_and_losses_stay(title):
     package, make = SUBJECTS[title]
     pytest.importorskip(package)
-    # Its convolutions, which stay torch's, take 50 s over a second of sound; 3200 samples are 10 steps for its LSTMs.
+    # Its convolutions, which stay torch's, take 50 seconds for a second of sound; 3200 samples are 10 steps of LSTMs.
     pair = Pair(functools.partial(make, 3200) if title == "Encodec 24 kHz" else make)
     assert pair.report.left == ()
     assert [layer.name for layer in pair.report.converted] == LAYERS[title]

@@ -247,7 +247,12 @@ BAD_CALLS = [
         ValueError,
         r"expected seed of shape \[\] = \[\], got \[1\]",
     ),
-    ((X,), {"seed": torch.tensor(1.0)}, TypeError, "expected seed of dtype int64, got float32"),
+    (
+        (X,),
+        {"seed": torch.tensor(1.0)},
+        TypeError,
+        "expected seed of dtype int32 or int64, got float32",
+    ),
     (
         (X,),
         {"seed": 1, "generator": torch.Generator()},

@@ -246,6 +246,23 @@ def test_lstm_gradients():
     assert torch.autograd.gradcheck(lambda *a: llmkern.ops.lstm(*a, reverse=True), inputs)
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 1])])
+@pytest.mark.parametrize("wanted", [(0,), (1, 2), (4,), (5, 6)], ids=str)
+def test_lstm_gradients_that_are_wanted(wanted, lengths):
+    """Those of some arguments alone, the weights or the input being frozen, are those among all."""
+    shapes = [(3, 2, 4), (2, 5), (2, 5), (20, 4), (20, 5), (20,), (20,)]
+    inputs = [leaf(*shape) for shape in shapes]
+
+    def gradients(places):
+        given = [t.detach().requires_grad_(i in places) for i, t in enumerate(inputs)]
+        loss = sum(o.sin().sum() for o in llmkern.ops.lstm(*given, lengths=lengths))
+        return torch.autograd.grad(loss, [given[i] for i in places])
+
+    everything = gradients(range(7))
+    for place, got in zip(wanted, gradients(wanted), strict=True):
+        assert torch.equal(got, everything[place])
+
+
 # ---- linear cross entropy ----
 
 

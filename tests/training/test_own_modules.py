@@ -143,7 +143,11 @@ def test_extra_state_that_can_be_read_again_is_kept(tmp_path):
     assert model.extra == {"seen": [1, 2.5, "x"]}
 
 
-@pytest.mark.parametrize("extra", [Config(), types.SimpleNamespace(), {"a": [lambda: 1]}], ids=str)
+@pytest.mark.parametrize(
+    "extra",
+    [Config(), types.SimpleNamespace(), {"a": [lambda: 1]}],
+    ids=["dataclass", "namespace", "function"],
+)
 def test_extra_state_that_cannot_be_read_again_is_refused_before_the_first_step(tmp_path, extra):
     model = WithExtraState(extra)
     with pytest.raises(TypeError, match=r"which can be read again, got model\._extra_state.*, a "):

@@ -279,6 +279,21 @@ void execute(const CrossEntropyBackward<T>& a, const Parallel& parallel) {
   });
 }
 
+template <class T>
+void execute(const LinearLogits<T>& a, const Parallel& parallel) {
+  using S = Widened<T>;
+  with_operand<T>([&](auto op) {
+    gemm<decltype(op)>(a.N, a.V, a.D, row_major(a.input, a.D), transposed(a.weight, a.D), a.logits, a.V, false,
+                       parallel);
+  });
+  for (int64_t n = 0; a.bias != nullptr && n < a.N; ++n) {
+    S* row = a.logits + n * a.V;
+    for_lanes<S>(0, a.V, [&](int64_t v, int64_t count) {
+      store(row + v, load(row + v, count) + load_wide(a.bias + v, count), count);
+    });
+  }
+}
+
 }  // namespace
 
 template <class Args>
@@ -294,5 +309,9 @@ template void run(const CrossEntropyBackward<float>&, const Parallel&);
 template void run(const CrossEntropyBackward<double>&, const Parallel&);
 template void run(const CrossEntropyBackward<bfloat16>&, const Parallel&);
 template void run(const CrossEntropyBackward<float16>&, const Parallel&);
+template void run(const LinearLogits<float>&, const Parallel&);
+template void run(const LinearLogits<double>&, const Parallel&);
+template void run(const LinearLogits<bfloat16>&, const Parallel&);
+template void run(const LinearLogits<float16>&, const Parallel&);
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -115,8 +115,8 @@ struct Gates<Bytes> {
     for (int64_t i = 0; i < count; ++i) share(rows + i * kUnits<float>, width, first + i, k, M, K, shared);
   }
   // Every worker makes its own: that takes less than another barrier.
-  static const int32_t* tiles(const float* shared, int64_t M, int64_t K) {
-    int32_t* own = scratch<int32_t>(Slot::kTiles, tile_words(M, K));
+  static Scratch<int32_t> tiles(const float* shared, int64_t M, int64_t K) {
+    auto own = scratch<int32_t>(Slot::kLstmByteTiles, tile_words(M, K));
     for (int64_t row = 0; row < M; ++row) fill(shared + row * K, row, M, K, own);
     return own;
   }

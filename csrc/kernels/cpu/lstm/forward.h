@@ -38,13 +38,14 @@ struct Forward {
   // What a worker keeps, for its panels.
   struct Work {
     const Share& share;
-    int64_t together;       // steps whose input products are made at once
-    int64_t group;          // panels whose products with h are made before their gates
-    Word<Op>* input_tiles;  // [together * B, I] in tiles
-    S* inputs;              // [panels][together * B][kGatesWidth]: products of the input, rows in the order of steps
-    S* products;            // [panels, or a group][B][kGatesWidth]: those of h
-    S* projection;          // [B][kUnits]
-    Moments<S>* moments;    // [B]: of the cells, with layer norm
+    int64_t together;               // steps whose input products are made at once
+    int64_t group;                  // panels whose products with h are made before their gates
+    Scratch<Word<Op>> input_tiles;  // [together * B, I] in tiles
+    Carved<S, 3> memory;            // of the next three
+    S* inputs;      // [panels][together * B][kGatesWidth]: products of the input, rows in the order of steps
+    S* products;    // [panels, or a group][B][kGatesWidth]: those of h
+    S* projection;  // [B][kUnits]
+    Scratch<Moments<S>> moments;  // [B]: of the cells, with layer norm
     Zoneouts<T> zoneouts;
 
     S* input_row(int64_t panel, int64_t i, int64_t B) const {
@@ -107,13 +108,20 @@ template <class Op>
 typename Forward<Op>::Work Forward<Op>::work(const Share& share) const {
   const int64_t together = steps_together(schedule.rows(), schedule.steps()), panels = share.end - share.begin;
   const int64_t group = kFinishRows / schedule.rows() + 1, size = schedule.rows() * kGatesWidth<S>;
-  Word<Op>* tiles = scratch<Word<Op>>(Slot::kPackedA, Gates<Op>::tile_words(together * schedule.rows(), a.I));
-  const auto [inputs, products, projection] =
-      carve<S>(Slot::kPackedB, {together * panels * size, (norm() ? panels : group) * size, projects() ? size : 0});
-  Moments<S>* moments = scratch<Moments<S>>(Slot::kSums, norm() ? schedule.rows() : 0);
-  return {share,      together, group,
-          tiles,      inputs,   products,
-          projection, moments,  Zoneouts<T>::of(a.variant, schedule.rows(), a.H, a.P, share)};
+  auto tiles = scratch<Word<Op>>(Slot::kLstmInputTiles, Gates<Op>::tile_words(together * schedule.rows(), a.I));
+  auto memory = carve<S>(Slot::kLstmProducts,
+                         {together * panels * size, (norm() ? panels : group) * size, projects() ? size : 0});
+  S *inputs = memory[0], *products = memory[1], *projection = memory[2];
+  return {share,
+          together,
+          group,
+          std::move(tiles),
+          std::move(memory),
+          inputs,
+          products,
+          projection,
+          scratch<Moments<S>>(Slot::kLstmCellMoments, norm() ? schedule.rows() : 0),
+          Zoneouts<T>::of(a.variant, schedule.rows(), a.H, a.P, share)};
 }
 
 // h_0 of the rows whose first step this is, the share's columns.
@@ -294,7 +302,7 @@ template <class Op>
 void Forward<Op>::run_step(const Work& work, int64_t step) const {
   const int64_t t = schedule.time(step), active = schedule.active(t), size = schedule.rows() * kGatesWidth<S>;
   const int64_t input_row = first_row(step / work.together * work.together, step);
-  const Word<Op>* tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
+  const auto tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
   for (int64_t first = work.share.begin; first < work.share.end; first += work.group) {
     const int64_t last = first + work.group < work.share.end ? first + work.group : work.share.end;
     for (int64_t p = first; p < last; ++p) {
@@ -313,7 +321,7 @@ template <class Op>
 void Forward<Op>::run_normalized_step(const Work& work, int64_t step) const {
   const int64_t t = schedule.time(step), active = schedule.active(t);
   const int64_t input_row = first_row(step / work.together * work.together, step);
-  const Word<Op>* tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
+  const auto tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     S* of_panel = work.row(p, 0, schedule.rows());
     Gates<Op>::multiply(active, schedule.rows(), a.P, tiles, weights.hidden(p), units_of<S>(p, a.H), of_panel, false);

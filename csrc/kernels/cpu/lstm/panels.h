@@ -65,7 +65,7 @@ template <class Op>
 struct ColumnsInPlace {
   const typename Op::Storage* weight;
   int64_t columns, H, panel;
-  Word<Op>* block;  // [kBlockWords][kUnits]
+  Scratch<Word<Op>> block;  // [kBlockWords][kUnits]
 
   const Word<Op>* operator()(int64_t k, int64_t n) const {
     copy(k, n, block);
@@ -125,7 +125,6 @@ void multiply_gates_in_registers(int64_t K, const Word<Op>* tile, const GatePane
                                  bool accumulate) {
   using S = Sum<Op>;
   constexpr int64_t lanes = kLanes<S>, width = kGatesWidth<S>, depth = kBlockWords<Op, 4>;
-  static_assert(depth % lanes == 0);
   const int64_t words = words_of<Op>(K);
   const auto add = [&](const Vec<Word<Op>>& weights, int64_t k, int gate, Vec<S>(&sums)[rows][4]) {
 #pragma GCC unroll 4
@@ -133,18 +132,29 @@ void multiply_gates_in_registers(int64_t K, const Word<Op>* tile, const GatePane
       sums[i][gate] = Op::multiply_add(broadcast(tile[k * rows + i]), weights, sums[i][gate]);
     }
   };
+  constexpr int64_t line = 64 / static_cast<int64_t>(Op::kTerms * sizeof(typename Op::Storage)), part = kPartLanes<S>;
+  const auto add_part = [&](int64_t k, int gate, Vec<S>(&sums)[rows][4]) {
+    Vec<Word<Op>> columns[part];
+    load_transposed<Op>(panel.weight + gate * panel.gate_stride + k * Op::kTerms, K, columns);
+#pragma GCC unroll 4
+    for (int j = 0; j < part; ++j) add(columns[j], k + j, gate, sums);
+  };
   for (int64_t first = 0; first < words; first += depth) {
     const int64_t last = words - first < depth ? words : first + depth;
     Vec<S> sums[rows][4] = {};
     int64_t k = first;
-    for (; k + lanes <= last && (k + lanes) * Op::kTerms <= K; k += lanes) {
+    // Of one gate as much as a cache line holds, then of the next one: rows whose distance is a power of two meet in
+    // few places of the first-level cache, and would be gone before their lines are wanted again.
+    for (; k + line <= last && (k + line) * Op::kTerms <= K; k += line) {
 #pragma GCC unroll 4
       for (int gate = 0; gate < 4; ++gate) {
-        Vec<Word<Op>> square[lanes];
-        load_transposed<Op>(panel.weight + gate * panel.gate_stride + k * Op::kTerms, K, square);
-#pragma GCC unroll 16
-        for (int j = 0; j < lanes; ++j) add(square[j], k + j, gate, sums);
+#pragma GCC unroll 8
+        for (int64_t at = k; at < k + line; at += part) add_part(at, gate, sums);
       }
+    }
+    for (; k + part <= last && (k + part) * Op::kTerms <= K; k += part) {
+#pragma GCC unroll 4
+      for (int gate = 0; gate < 4; ++gate) add_part(k, gate, sums);
     }
     for (; k < last; ++k) {
       for (int gate = 0; gate < 4; ++gate) {
@@ -203,7 +213,7 @@ struct Gates {
       if (total_rows == 2) return multiply_gates_in_registers<Op, 2>(K, tiles, panel, c, accumulate);
     }
     constexpr int64_t kWords = kBlockWords<Op, 4> * kGatesWidth<Sum<Op>>;
-    Word<Op>* block = scratch<Word<Op>>(Slot::kPanel, kWords);
+    const auto block = scratch<Word<Op>>(Slot::kLstmGatesInPlace, kWords);
     if (units < kUnits<Sum<Op>>) memset(block, 0, kWords * sizeof(Word<Op>));
     by(GatesInPlace<Op>{panel, K, units, block});
   }
