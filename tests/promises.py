@@ -6,6 +6,7 @@ A new family adds its operators to OPS and gets every promise on the CPU (tests/
 operator does not keep is in its `owes`, with the reason; the day it does, the test says so.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Op:
         samples: the places of the arguments that a batch of samples has one of each; the others are parameters.
         joint: places whose gradients one computation gives, whichever of them is wanted.
         free: places whose gradients come with any other's.
+        module: of a layer itself; its parameters are the last arguments.
         owes: promises by name that are not kept yet, and why.
     """
 
@@ -52,6 +54,7 @@ class Op:
     samples: tuple[int, ...] = (0,)
     joint: tuple[int, ...] = ()
     free: tuple[int, ...] = ()
+    module: nn.Module | None = None
     owes: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -93,10 +96,12 @@ def loss_of(outputs: Any) -> Tensor:
     return sum(t.square().sum() for t in wide)  # type: ignore[return-value]
 
 
-def results(forward: Callable[..., Any], arguments: Arguments) -> list[Tensor]:
-    """Outputs, then the gradients of every argument that requires one."""
+def results(
+    forward: Callable[..., Any], arguments: Arguments, parameters: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """Outputs, then the gradients of every argument that requires one, and of what else `forward` depends on."""
     outputs = tensors_of(forward(*arguments))
-    leaves = [t for t in arguments if t is not None and t.requires_grad]
+    leaves = [*(t for t in arguments if t is not None and t.requires_grad), *parameters]
     if not leaves:
         return outputs
     loss = loss_of([t for t in outputs if t.requires_grad])
@@ -321,13 +326,18 @@ def can_be_mapped(op: Op, device: Device) -> None:
 
 def can_be_traced(op: Op, device: Device) -> None:
     """With the tracer's own check, with gradients and without; a trace made without them trains nevertheless."""
-    arguments = moved(op.arguments, device)
+    forward, arguments, parameters = op.forward, moved(op.arguments, device), []
+    if op.module is not None:  # the tracer takes no module whose parameters are arguments
+        forward = copy.deepcopy(op.module).to(device)
+        parameters = list(forward.parameters())
+        arguments = arguments[: -len(parameters)]
     for record in (True, False):
         with torch.set_grad_enabled(record), warnings.catch_warnings():
             # Tracing is deprecated, and it warns of every Python number that comes from a shape.
             warnings.simplefilter("ignore")
-            traced = torch.jit.trace(_tuple_of(op), tuple(arguments))
-        assert_all_close(results(traced, arguments), results(op.forward, arguments))
+            traced = torch.jit.trace(forward, tuple(arguments))
+        expected = results(forward, arguments, parameters)
+        assert_all_close(results(traced, arguments, parameters), expected)
 
 
 def can_be_exported(op: Op, device: Device) -> None:
@@ -339,10 +349,6 @@ def can_be_exported(op: Op, device: Device) -> None:
         with torch.set_grad_enabled(record):
             program = torch.export.export(module, tuple(arguments))
         assert_all_close(results(program.module(), arguments), results(op.forward, arguments))
-
-
-def _tuple_of(op: Op) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *arguments: tuple(tensors_of(op.forward(*arguments)))
 
 
 def follows_autocast(op: Op, device: Device) -> None:
@@ -427,7 +433,9 @@ def _layer(
     parameters = (p.detach().clone().requires_grad_() for p in ours.parameters())
     twin = None if theirs is None else calling(theirs)
     joint = tuple(range(len(inputs), len(inputs) + len(names)))
-    return Op(name, calling(ours), (*inputs, *parameters), family, twin, joint=joint, **more)
+    return Op(
+        name, calling(ours), (*inputs, *parameters), family, twin, joint=joint, module=ours, **more
+    )
 
 
 def _lstm(**options: Any) -> Callable[..., Any]:

@@ -9,17 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.native import programs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux's files and calls")
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("native") / "cores"
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Icsrc"]
-    sources = ["csrc/kernels/cores.cpp", "tests/native/cores.cpp"]
-    subprocess.run(["g++", *flags, *sources, "-o", str(path)], cwd=ROOT, check=True)
-    return path
+def program() -> Path:
+    return programs.program("cores", ["csrc/kernels/cores.cpp", "tests/native/cores.cpp"])
 
 
 VERSION_1 = "9:name=systemd:/\n4:cpu,cpuacct:/jobs/one\n0::/\n"
