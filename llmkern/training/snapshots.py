@@ -121,19 +121,24 @@ def restore(trainer: Run, columns: int) -> None:
     _check_same_run(trainer, arguments, content["data"])
     model, stepper = uncompiled(trainer.model), trainer.stepper
     with reading(path, "it is of another model"):
-        restoring.check_alike(model.state_dict(), content["model"], "model")
+        restoring.check_model(model.state_dict(), content["model"])
         model.load_state_dict(content["model"])
     with reading(path, "its optimizer is not this run's"):
-        restoring.check_optimizer(
+        optimizer = restoring.checked_optimizer(
             stepper.optimizer,
             lambda parameters: make_optimizer(parameters, trainer.arguments),
             content["optimizer"],
+            stepped=content["state"].get("step") != 0,
         )
-        stepper.optimizer.load_state_dict(content["optimizer"])
+        stepper.optimizer.load_state_dict(optimizer)
     with reading(path, "its learning rate is not this run's"):
-        mine, saved = stepper.learning_rate.state_dict(), content["learning_rate"]
-        restoring.check_alike(mine, saved, "learning_rate")
-        stepper.learning_rate.load_state_dict(saved)
+        schedule = restoring.completed(
+            stepper.learning_rate.state_dict(),
+            content["learning_rate"],
+            "learning_rate",
+            lambda name: not name.startswith("_"),
+        )
+        stepper.learning_rate.load_state_dict(schedule)
     with reading(path, "its place in the text is none"):
         trainer.state = restoring.checked_state(content["state"], columns)
     with reading(path, "what it carries from step to step is not this model's"):
@@ -154,7 +159,8 @@ def _check_hidden(trainer: Run) -> None:
     initial_state = getattr(trainer.model, "initial_state", None)
     if initial_state is not None and trainer.state.position > 0:
         mine = initial_state(trainer.arguments.batch_size)
-        restoring.check_alike(mine, trainer.stepper.hidden, "the state")
+        # Under autocast a state is of fewer bits than the parameters.
+        restoring.check_alike(mine, trainer.stepper.hidden, "the state", dtypes=False)
 
 
 def _check_same_run(trainer: Run, saved: TrainingArguments, data: dict[str, Any]) -> None:

@@ -13,7 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmkern.cli.resuming import resumed
-from llmkern.training import Trainer, TrainingArguments, checkpoints, list_checkpoints, restoring
+from llmkern.training import (
+    Trainer,
+    TrainingArguments,
+    checkpoints,
+    list_checkpoints,
+    restoring,
+    snapshots,
+)
 from llmkern.training.state import TrainingState
 from tests.models import toys
 
@@ -157,8 +164,6 @@ def test_any_part_changed_in_any_way(original, tmp_path, data):
 @pytest.mark.parametrize("how", ["gone", "None", "a dict"])
 def test_what_a_run_depends_on_is_not_guessed(stopped, path, how):
     write(stopped, changed(content_of(stopped), path, WRONG[how]))
-    if (path, how) == (("optimizer", "state"), "None"):
-        pytest.skip("refused as well: kept apart from a run that has taken no step")
     assert not goes_on_or_is_refused(stopped)
 
 
@@ -171,6 +176,7 @@ def test_what_a_run_depends_on_is_not_guessed(stopped, path, how):
         (("state", "position"), 0, "expected state.tokens to be those of 0 columns"),
         (("state", "loss_sum"), math.nan, "expected state.loss_sum to be a finite number"),
         (("optimizer", "param_groups", 0, "betas"), (0.1, 0.2), "optimizer.betas"),
+        (("optimizer", "state"), {}, "optimizer.state to be what its steps have left"),
         (("optimizer", "state", 99), {}, "numbers of 7 parameters, got 99"),
         (("model", "head.bias"), torch.zeros(17).double(), r"torch\.float64 \(head\.bias\)"),
         (("model", "head.bias"), "x", r"expected 'head\.bias' to be a tensor, got 'x'"),
@@ -275,6 +281,36 @@ def test_a_checkpoint_in_another_dtype_is_another_model(stopped):
         ValueError, match=r"it is of another model: expected model\.embedding\.weight"
     ):
         run.train(resume=True)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "plateau"])
+def test_a_checkpoint_by_another_version_of_torch_goes_on(original, tmp_path, schedule):
+    """torch adds settings to its optimizers and schedulers as it grows."""
+    ends = []
+    for name, change in (("same", False), ("other", True)):
+        folder = tmp_path / name
+        trainer(folder, max_steps=3, lr_schedule=schedule).train()
+        content = content_of(folder)
+        if change:
+            for group in content["optimizer"]["param_groups"]:
+                del group["maximize"]
+                group["of_the_future"] = "x"
+            del content["learning_rate"]["_last_lr"]
+            content["learning_rate"]["of_the_future"] = 3
+            write(folder, content)
+        trainer(folder, lr_schedule=schedule).train(resume=True)
+        ends.append(content_of(folder)["model"])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_state_in_fewer_bits_goes_on(stopped):
+    """As autocast leaves it."""
+    content = content_of(stopped)
+    content["hidden"] = tuple(part.bfloat16() for part in content["hidden"])
+    write(stopped, content)
+    run = trainer(stopped)
+    snapshots.restore(run, 50)
+    assert run.stepper.hidden[0].dtype == torch.bfloat16
 
 
 def test_changed_leaves_the_original_alone():

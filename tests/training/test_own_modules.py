@@ -143,11 +143,15 @@ def test_extra_state_that_can_be_read_again_is_kept(tmp_path):
     assert model.extra == {"seen": [1, 2.5, "x"]}
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [Config(), types.SimpleNamespace(), {"a": [lambda: 1]}],
-    ids=["dataclass", "namespace", "function"],
-)
+def test_extra_state_may_have_grown_since_the_model_was_made(tmp_path):
+    own_trainer(WithExtraState([1, {"a": torch.ones(2)}]), tmp_path, max_steps=4).train()
+    for fresh in ([], None, {"x": 1}):
+        model = WithExtraState(fresh)
+        own_trainer(model, tmp_path, max_steps=4).train(resume=True)
+        assert model.extra[0] == 1
+
+
+@pytest.mark.parametrize("extra", [Config(), types.SimpleNamespace(), {"a": [lambda: 1]}], ids=str)
 def test_extra_state_that_cannot_be_read_again_is_refused_before_the_first_step(tmp_path, extra):
     model = WithExtraState(extra)
     with pytest.raises(TypeError, match=r"which can be read again, got model\._extra_state.*, a "):

@@ -142,9 +142,9 @@ template <class F>
 void Problem<T>::for_chunks(S* workspace, const Parallel& parallel, const F& f) const {
   for (int64_t first = 0; first < a.N; first += a.chunk_rows) {
     const int64_t rows = a.N - first < a.chunk_rows ? a.N - first : a.chunk_rows;
-    with_operand<T>([&](auto op) {
-      gemm<decltype(op)>(rows, a.V, a.D, row_major(a.input + first * a.D, a.D), transposed(a.weight, a.D), workspace,
-                         a.V, false, parallel);
+    with_operand<T>([&](auto operand) {
+      gemm<decltype(operand)>(rows, a.V, a.D, row_major(a.input + first * a.D, a.D), transposed(a.weight, a.D),
+                              workspace, a.V, false, parallel);
     });
     f(first, rows);
   }
@@ -207,9 +207,9 @@ void execute(const CrossEntropyForward<T>& a, const Parallel& parallel) {
       }
     });
     if (a.input_gradient == nullptr) return;
-    with_operand<T>([&](auto op) {
-      gemm<decltype(op)>(rows, D, V, row_major(a.gradient, V), row_major(a.problem.weight, D),
-                         a.input_gradient + first * D, D, false, parallel);
+    with_operand<T>([&](auto operand) {
+      gemm<decltype(operand)>(rows, D, V, row_major(a.gradient, V), row_major(a.problem.weight, D),
+                              a.input_gradient + first * D, D, false, parallel);
     });
   });
   double total = 0;
@@ -265,15 +265,15 @@ void execute(const CrossEntropyBackward<T>& a, const Parallel& parallel) {
       }
     });
     const bool more = first > 0;
-    with_operand<T>([&](auto op) {
-      using Op = decltype(op);
+    with_operand<T>([&](auto operand) {
+      using Operand = decltype(operand);
       if (a.grad_input != nullptr) {
-        gemm<Op>(rows, D, V, row_major(a.gradient, V), row_major(a.problem.weight, D), a.grad_input + first * D, D,
-                 false, parallel);
+        gemm<Operand>(rows, D, V, row_major(a.gradient, V), row_major(a.problem.weight, D), a.grad_input + first * D, D,
+                      false, parallel);
       }
       if (a.grad_weight != nullptr) {
-        gemm<Op>(V, D, rows, transposed(a.gradient, V), row_major(a.problem.input + first * D, D), a.grad_weight, D,
-                 more, parallel);
+        gemm<Operand>(V, D, rows, transposed(a.gradient, V), row_major(a.problem.input + first * D, D), a.grad_weight,
+                      D, more, parallel);
       }
     });
     if (a.grad_bias != nullptr) sum_rows(rows, V, a.gradient, a.grad_bias, more, parallel);
@@ -283,9 +283,9 @@ void execute(const CrossEntropyBackward<T>& a, const Parallel& parallel) {
 template <class T>
 void execute(const LinearLogits<T>& a, const Parallel& parallel) {
   using S = Widened<T>;
-  with_operand<T>([&](auto op) {
-    gemm<decltype(op)>(a.N, a.V, a.D, row_major(a.input, a.D), transposed(a.weight, a.D), a.logits, a.V, false,
-                       parallel);
+  with_operand<T>([&](auto operand) {
+    gemm<decltype(operand)>(a.N, a.V, a.D, row_major(a.input, a.D), transposed(a.weight, a.D), a.logits, a.V, false,
+                            parallel);
   });
   for (int64_t n = 0; a.bias != nullptr && n < a.N; ++n) {
     S* row = a.logits + n * a.V;

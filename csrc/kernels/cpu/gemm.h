@@ -23,15 +23,15 @@ namespace llmkern::cpu::LLMKERN_ISA {
 
 // Registers: rows * 2 accumulators, 2 of B, 1 for a broadcast of A; 32 with AVX-512, 16 otherwise.
 constexpr int kTileRows = kVectorBytes == 64 ? 14 : kVectorBytes == 32 ? 6 : 4;
-template <class Op>
-constexpr int64_t kPanel = 2 * kLanes<typename Op::Sum>;
+template <class Operand>
+constexpr int64_t kPanel = 2 * kLanes<typename Operand::Sum>;
 constexpr int64_t kBlockK = 256;                              // words: a panel is 32 KiB with AVX-512
 constexpr int64_t kBlockRows = 4096 / kTileRows * kTileRows;  // tiles pass by a panel: 2 bytes a cycle from any cache
 
-template <class Op>
-using Word = typename Op::Word;
-template <class Op>
-using Sum = typename Op::Sum;
+template <class Operand>
+using Word = typename Operand::Word;
+template <class Operand>
+using Sum = typename Operand::Sum;
 
 template <class T>
 struct Matrix {
@@ -57,57 +57,58 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 // ---- copies
 
 // columns[k] = word k of as many rows as there are lanes, a row a lane, for as many words as a part of a vector has.
-template <class Op>
-[[gnu::always_inline]] inline void load_transposed(const typename Op::Storage* rows, int64_t stride,
-                                                   Vec<Word<Op>> (&columns)[kPartLanes<Word<Op>>]) {
-  const auto parts = [&](int64_t i) { return Op::parts(rows + i * stride, kPartLanes<Word<Op>> * stride); };
-  load_columns<Word<Op>>(parts, columns);
+template <class Operand>
+[[gnu::always_inline]] inline void load_transposed(const typename Operand::Storage* rows, int64_t stride,
+                                                   Vec<Word<Operand>> (&columns)[kPartLanes<Word<Operand>>]) {
+  const auto parts = [&](int64_t i) { return Operand::parts(rows + i * stride, kPartLanes<Word<Operand>> * stride); };
+  load_columns<Word<Operand>>(parts, columns);
 }
 
 // to[word of k][n] = rows[n * stride + k] for as many rows as there are lanes, a row of `to` every `width` words:
 // transposed in registers.
-template <class Op>
-void transpose_words(const typename Op::Storage* rows, int64_t stride, int64_t K, int64_t width, Word<Op>* to) {
-  constexpr int lanes = kLanes<Word<Op>>, part = kPartLanes<Word<Op>>;
+template <class Operand>
+void transpose_words(const typename Operand::Storage* rows, int64_t stride, int64_t K, int64_t width,
+                     Word<Operand>* to) {
+  constexpr int lanes = kLanes<Word<Operand>>, part = kPartLanes<Word<Operand>>;
   int64_t k = 0;
-  for (; k + part * Op::kTerms <= K; k += part * Op::kTerms, to += part * width) {
-    Vec<Word<Op>> columns[part];
-    load_transposed<Op>(rows + k, stride, columns);
+  for (; k + part * Operand::kTerms <= K; k += part * Operand::kTerms, to += part * width) {
+    Vec<Word<Operand>> columns[part];
+    load_transposed<Operand>(rows + k, stride, columns);
 #pragma GCC unroll 4
     for (int i = 0; i < part; ++i) store(to + i * width, columns[i]);
   }
-  for (; k < K; k += Op::kTerms, to += width) {
-    for (int i = 0; i < lanes; ++i) to[i] = Op::word(rows + i * stride + k, K - k);
+  for (; k < K; k += Operand::kTerms, to += width) {
+    for (int i = 0; i < lanes; ++i) to[i] = Operand::word(rows + i * stride + k, K - k);
   }
 }
 
 // The same for fewer rows.
-template <class Op>
-void transpose_words(const typename Op::Storage* rows, int64_t stride, int64_t K, int64_t width, int64_t count,
-                     Word<Op>* to) {
-  if (count == kLanes<Word<Op>>) return transpose_words<Op>(rows, stride, K, width, to);
-  for (int64_t k = 0; k < K; k += Op::kTerms, to += width) {
-    for (int64_t i = 0; i < count; ++i) to[i] = Op::word(rows + i * stride + k, K - k);
+template <class Operand>
+void transpose_words(const typename Operand::Storage* rows, int64_t stride, int64_t K, int64_t width, int64_t count,
+                     Word<Operand>* to) {
+  if (count == kLanes<Word<Operand>>) return transpose_words<Operand>(rows, stride, K, width, to);
+  for (int64_t k = 0; k < K; k += Operand::kTerms, to += width) {
+    for (int64_t i = 0; i < count; ++i) to[i] = Operand::word(rows + i * stride + k, K - k);
   }
 }
 
 // panels[(n / kPanel), word of k, n % kPanel] = B[k, n]; room for round_up(N, kPanel) * words of K. One stride of B
 // is 1.
-template <class Op>
-void pack_panels(const Matrix<typename Op::Storage>& b, int64_t K, int64_t N, Word<Op>* panels) {
-  const int64_t size = words_of<Op>(K) * kPanel<Op>;
-  for (int64_t first = 0; first < N; first += kPanel<Op>, panels += size) {
-    const int64_t width = N - first < kPanel<Op> ? N - first : kPanel<Op>;
-    if (width < kPanel<Op>) memset(panels, 0, static_cast<size_t>(size) * sizeof(Word<Op>));
+template <class Operand>
+void pack_panels(const Matrix<typename Operand::Storage>& b, int64_t K, int64_t N, Word<Operand>* panels) {
+  const int64_t size = words_of<Operand>(K) * kPanel<Operand>;
+  for (int64_t first = 0; first < N; first += kPanel<Operand>, panels += size) {
+    const int64_t width = N - first < kPanel<Operand> ? N - first : kPanel<Operand>;
+    if (width < kPanel<Operand>) memset(panels, 0, static_cast<size_t>(size) * sizeof(Word<Operand>));
     if (b.column_stride != 1) {
-      for_lanes<Word<Op>>(0, width, [&](int64_t n, int64_t count) {
-        transpose_words<Op>(b.at(0, first + n), b.column_stride, K, kPanel<Op>, count, panels + n);
+      for_lanes<Word<Operand>>(0, width, [&](int64_t n, int64_t count) {
+        transpose_words<Operand>(b.at(0, first + n), b.column_stride, K, kPanel<Operand>, count, panels + n);
       });
       continue;
     }
-    Word<Op>* to = panels;
-    for (int64_t k = 0; k < K; k += Op::kTerms, to += kPanel<Op>) {
-      Op::line(b.at(k, first), b.row_stride, K - k, width, to);
+    Word<Operand>* to = panels;
+    for (int64_t k = 0; k < K; k += Operand::kTerms, to += kPanel<Operand>) {
+      Operand::line(b.at(k, first), b.row_stride, K - k, width, to);
     }
   }
 }
@@ -121,55 +122,56 @@ template <class T>
 
 // tile[word of k][i] = rows[i * stride + k] for kTileRows rows. Of a transposed square, which may be larger, what is
 // too much of a word is overwritten by the next one.
-template <class Op>
-void pack_whole_tile(const typename Op::Storage* rows, int64_t stride, int64_t K, Word<Op>* tile) {
-  constexpr int lanes = kLanes<Word<Op>>;
+template <class Operand>
+void pack_whole_tile(const typename Operand::Storage* rows, int64_t stride, int64_t K, Word<Operand>* tile) {
+  constexpr int lanes = kLanes<Word<Operand>>;
   int64_t k = 0;
   if constexpr (kTileRows <= lanes) {
-    for (; k + lanes * Op::kTerms <= K; k += lanes * Op::kTerms, tile += lanes * kTileRows) {
-      Vec<Word<Op>> square[lanes];
-      for (int i = 0; i < lanes; ++i) square[i] = Op::words(rows + (i < kTileRows ? i : 0) * stride + k);
-      transpose<Word<Op>>(square);
+    for (; k + lanes * Operand::kTerms <= K; k += lanes * Operand::kTerms, tile += lanes * kTileRows) {
+      Vec<Word<Operand>> square[lanes];
+      for (int i = 0; i < lanes; ++i) square[i] = Operand::words(rows + (i < kTileRows ? i : 0) * stride + k);
+      transpose<Word<Operand>>(square);
       for (int i = 0; i + 1 < lanes; ++i) store(tile + i * kTileRows, square[i]);
       store(tile + (lanes - 1) * kTileRows, square[lanes - 1], kTileRows);
     }
   }
-  for (; k < K; k += Op::kTerms, tile += kTileRows) {
-    for (int i = 0; i < kTileRows; ++i) tile[i] = Op::word(rows + i * stride + k, K - k);
+  for (; k < K; k += Operand::kTerms, tile += kTileRows) {
+    for (int i = 0; i < kTileRows; ++i) tile[i] = Operand::word(rows + i * stride + k, K - k);
   }
 }
 
 // tiles[m / kTileRows][word of k][m % kTileRows] = A[m, k]; the last tile is as high as there are rows left. A few
 // tiles are filled side by side where the columns of A are contiguous: that reads whole cache lines. One stride of A
 // is 1.
-template <class Op>
-void pack_tiles(const Matrix<typename Op::Storage>& a, int64_t M, int64_t K, Word<Op>* tiles) {
-  const int64_t words = words_of<Op>(K);
+template <class Operand>
+void pack_tiles(const Matrix<typename Operand::Storage>& a, int64_t M, int64_t K, Word<Operand>* tiles) {
+  const int64_t words = words_of<Operand>(K);
   if (a.column_stride == 1) {
     int64_t m = 0;
-    for (; m + kTileRows <= M; m += kTileRows) pack_whole_tile<Op>(a.at(m, 0), a.row_stride, K, tiles + m * words);
+    for (; m + kTileRows <= M; m += kTileRows) pack_whole_tile<Operand>(a.at(m, 0), a.row_stride, K, tiles + m * words);
     for (; m < M; ++m) {
       const int64_t first = m / kTileRows * kTileRows, rows = M - first;
-      const typename Op::Storage* from = a.at(m, 0);
-      Word<Op>* to = tiles + first * words + m - first;
-      for (int64_t k = 0; k < words; ++k) to[k * rows] = Op::word(from + k * Op::kTerms, K - k * Op::kTerms);
+      const typename Operand::Storage* from = a.at(m, 0);
+      Word<Operand>* to = tiles + first * words + m - first;
+      for (int64_t k = 0; k < words; ++k)
+        to[k * rows] = Operand::word(from + k * Operand::kTerms, K - k * Operand::kTerms);
     }
     return;
   }
   constexpr int64_t kSideBySide = 8 * kTileRows, kAhead = 8;
-  Word<Op> line[kSideBySide];
+  Word<Operand> line[kSideBySide];
   for (int64_t first = 0; first < M; first += kSideBySide) {
     const int64_t last = first + kSideBySide < M ? first + kSideBySide : M;
     for (int64_t k = 0; k < words; ++k) {
-      if (k + kAhead < words) fetch_line(a.at(first, (k + kAhead) * Op::kTerms), last - first);
-      Op::line(a.at(first, k * Op::kTerms), a.column_stride, K - k * Op::kTerms, last - first, line);
+      if (k + kAhead < words) fetch_line(a.at(first, (k + kAhead) * Operand::kTerms), last - first);
+      Operand::line(a.at(first, k * Operand::kTerms), a.column_stride, K - k * Operand::kTerms, last - first, line);
       for (int64_t m = first; m < last; m += kTileRows) {
         const int64_t rows = last - m < kTileRows ? last - m : kTileRows;
-        Word<Op>* to = tiles + m * words + k * rows;
+        Word<Operand>* to = tiles + m * words + k * rows;
         if (rows == kTileRows) {
-          memcpy(to, line + m - first, kTileRows * sizeof(Word<Op>));
+          memcpy(to, line + m - first, kTileRows * sizeof(Word<Operand>));
         } else {
-          memcpy(to, line + m - first, static_cast<size_t>(rows) * sizeof(Word<Op>));
+          memcpy(to, line + m - first, static_cast<size_t>(rows) * sizeof(Word<Operand>));
         }
       }
     }
@@ -182,12 +184,13 @@ void pack_tiles(const Matrix<typename Op::Storage>& a, int64_t M, int64_t K, Wor
 // partial store in here: gcc would keep the accumulators in memory for it. `ahead`: that many bytes further on lies
 // what of the panel is wanted next, and is fetched. `width` is that of the whole panel. `half`: only the first half of
 // each vector of columns is multiplied; the other one is 0.
-template <class Op, int rows, int columns, int64_t ahead, int64_t width = columns * kLanes<Word<Op>>, bool half = false>
-void multiply_whole(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<Op>* c, int64_t c_stride,
+template <class Operand, int rows, int columns, int64_t ahead, int64_t width = columns * kLanes<Word<Operand>>,
+          bool half = false>
+void multiply_whole(int64_t K, const Word<Operand>* tile, const Word<Operand>* panel, Sum<Operand>* c, int64_t c_stride,
                     bool accumulate) {
-  using Words = std::conditional_t<half, typename HalfOf<Word<Op>>::type, Vec<Word<Op>>>;
-  using Sums = std::conditional_t<half, typename HalfOf<Sum<Op>>::type, Vec<Sum<Op>>>;
-  constexpr int lanes = kLanes<Word<Op>>;
+  using Words = std::conditional_t<half, typename HalfOf<Word<Operand>>::type, Vec<Word<Operand>>>;
+  using Sums = std::conditional_t<half, typename HalfOf<Sum<Operand>>::type, Vec<Sum<Operand>>>;
+  constexpr int lanes = kLanes<Word<Operand>>;
   Sums sums[rows][columns] = {};
   for (int64_t k = 0; k < K; ++k, tile += rows, panel += width) {
     Words b[columns];
@@ -200,7 +203,7 @@ void multiply_whole(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<
     for (int i = 0; i < rows; ++i) {
       const Words x = tile[i] - Words{};  // broadcast
 #pragma GCC unroll 4
-      for (int j = 0; j < columns; ++j) sums[i][j] = Op::multiply_add(x, b[j], sums[i][j]);
+      for (int j = 0; j < columns; ++j) sums[i][j] = Operand::multiply_add(x, b[j], sums[i][j]);
     }
   }
 #pragma GCC unroll 16
@@ -210,102 +213,103 @@ void multiply_whole(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<
       Sums before = {};
       if (accumulate) memcpy(&before, c + j * lanes, sizeof before);
       const Sums total = accumulate ? before + sums[i][j] : sums[i][j];
-      if constexpr (sizeof total < kVectorBytes) store(c + j * lanes, Vec<Sum<Op>>{});
+      if constexpr (sizeof total < kVectorBytes) store(c + j * lanes, Vec<Sum<Operand>>{});
       memcpy(c + j * lanes, &total, sizeof total);
     }
   }
 }
 
 // The same for the first `width` columns.
-template <class Op, int rows>
-void multiply_tile(int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<Op>* c, int64_t c_stride, int64_t width,
-                   bool accumulate) {
-  constexpr int64_t lanes = kLanes<Sum<Op>>;
-  if (width == kPanel<Op>) {
+template <class Operand, int rows>
+void multiply_tile(int64_t K, const Word<Operand>* tile, const Word<Operand>* panel, Sum<Operand>* c, int64_t c_stride,
+                   int64_t width, bool accumulate) {
+  constexpr int64_t lanes = kLanes<Sum<Operand>>;
+  if (width == kPanel<Operand>) {
     for (int i = 0; i < rows; ++i) {  // C is needed at the end, from far away
       __builtin_prefetch(c + i * c_stride, 1);
       __builtin_prefetch(c + i * c_stride + lanes, 1);
     }
-    return multiply_whole<Op, rows, 2, 0>(K, tile, panel, c, c_stride, accumulate);
+    return multiply_whole<Operand, rows, 2, 0>(K, tile, panel, c, c_stride, accumulate);
   }
-  Sum<Op> whole[rows * kPanel<Op>];  // no partial store in there
+  Sum<Operand> whole[rows * kPanel<Operand>];  // no partial store in there
   if (width <= lanes / 2) {
-    multiply_whole<Op, rows, 1, 0, kPanel<Op>, true>(K, tile, panel, whole, kPanel<Op>, false);
+    multiply_whole<Operand, rows, 1, 0, kPanel<Operand>, true>(K, tile, panel, whole, kPanel<Operand>, false);
   } else if (width <= lanes) {
-    multiply_whole<Op, rows, 1, 0, kPanel<Op>>(K, tile, panel, whole, kPanel<Op>, false);
+    multiply_whole<Operand, rows, 1, 0, kPanel<Operand>>(K, tile, panel, whole, kPanel<Operand>, false);
   } else {
-    multiply_whole<Op, rows, 2, 0>(K, tile, panel, whole, kPanel<Op>, false);
+    multiply_whole<Operand, rows, 2, 0>(K, tile, panel, whole, kPanel<Operand>, false);
   }
   for (int i = 0; i < rows; ++i, c += c_stride) {
-    for_lanes<Sum<Op>>(0, width, [&](int64_t n, int64_t count) {
-      const Vec<Sum<Op>> sums = load(whole + i * kPanel<Op> + n);
+    for_lanes<Sum<Operand>>(0, width, [&](int64_t n, int64_t count) {
+      const Vec<Sum<Operand>> sums = load(whole + i * kPanel<Operand> + n);
       store(c + n, accumulate ? load(c + n, count) + sums : sums, count);
     });
   }
 }
 
-template <class Op, int rows = kTileRows>
-void multiply_last_tile(int64_t M, int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<Op>* c, int64_t c_stride,
-                        int64_t width, bool accumulate) {
+template <class Operand, int rows = kTileRows>
+void multiply_last_tile(int64_t M, int64_t K, const Word<Operand>* tile, const Word<Operand>* panel, Sum<Operand>* c,
+                        int64_t c_stride, int64_t width, bool accumulate) {
   if constexpr (rows > 0) {
-    if (M == rows) return multiply_tile<Op, rows>(K, tile, panel, c, c_stride, width, accumulate);
-    multiply_last_tile<Op, rows - 1>(M, K, tile, panel, c, c_stride, width, accumulate);
+    if (M == rows) return multiply_tile<Operand, rows>(K, tile, panel, c, c_stride, width, accumulate);
+    multiply_last_tile<Operand, rows - 1>(M, K, tile, panel, c, c_stride, width, accumulate);
   }
 }
 
 // C[M, width] = tiles[M, K] panel[K, kPanel]  (+ C) for K words
-template <class Op>
-void multiply_panel(int64_t M, int64_t K, const Word<Op>* tiles, const Word<Op>* panel, Sum<Op>* c, int64_t c_stride,
-                    int64_t width, bool accumulate) {
+template <class Operand>
+void multiply_panel(int64_t M, int64_t K, const Word<Operand>* tiles, const Word<Operand>* panel, Sum<Operand>* c,
+                    int64_t c_stride, int64_t width, bool accumulate) {
   for (; M >= kTileRows; M -= kTileRows, tiles += kTileRows * K, c += kTileRows * c_stride) {
-    multiply_tile<Op, kTileRows>(K, tiles, panel, c, c_stride, width, accumulate);
+    multiply_tile<Operand, kTileRows>(K, tiles, panel, c, c_stride, width, accumulate);
   }
-  multiply_last_tile<Op>(M, K, tiles, panel, c, c_stride, width, accumulate);
+  multiply_last_tile<Operand>(M, K, tiles, panel, c, c_stride, width, accumulate);
 }
 
 // ---- whole products
 
-template <class Op>
-void gemm_serial(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Storage>& a,
-                 const Matrix<typename Op::Storage>& b, Sum<Op>* c, int64_t c_stride, bool accumulate) {
-  constexpr int64_t kDepth = kBlockK * Op::kTerms;
+template <class Operand>
+void gemm_serial(int64_t M, int64_t N, int64_t K, const Matrix<typename Operand::Storage>& a,
+                 const Matrix<typename Operand::Storage>& b, Sum<Operand>* c, int64_t c_stride, bool accumulate) {
+  constexpr int64_t kDepth = kBlockK * Operand::kTerms;
   for (int64_t k = 0; k < K; k += kDepth) {
-    const int64_t depth = K - k < kDepth ? K - k : kDepth, words = words_of<Op>(depth);
+    const int64_t depth = K - k < kDepth ? K - k : kDepth, words = words_of<Operand>(depth);
     for (int64_t m = 0; m < M; m += kBlockRows) {
       const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
-      const auto tiles = scratch<Word<Op>>(Slot::kGemmTiles, rows * words);
-      pack_tiles<Op>(a.from(m, k), rows, depth, tiles);
-      const auto panel = scratch<Word<Op>>(Slot::kGemmPanel, words * kPanel<Op>);
-      for (int64_t n = 0; n < N; n += kPanel<Op>) {
-        const int64_t width = N - n < kPanel<Op> ? N - n : kPanel<Op>;
-        pack_panels<Op>(b.from(k, n), depth, width, panel);
-        multiply_panel<Op>(rows, words, tiles, panel, c + m * c_stride + n, c_stride, width, accumulate || k > 0);
+      const auto tiles = scratch<Word<Operand>>(Slot::kGemmTiles, rows * words);
+      pack_tiles<Operand>(a.from(m, k), rows, depth, tiles);
+      const auto panel = scratch<Word<Operand>>(Slot::kGemmPanel, words * kPanel<Operand>);
+      for (int64_t n = 0; n < N; n += kPanel<Operand>) {
+        const int64_t width = N - n < kPanel<Operand> ? N - n : kPanel<Operand>;
+        pack_panels<Operand>(b.from(k, n), depth, width, panel);
+        multiply_panel<Operand>(rows, words, tiles, panel, c + m * c_stride + n, c_stride, width, accumulate || k > 0);
       }
     }
   }
 }
 
 // Into a C of fewer bits than the sums: some rows of these are kept until the last block of k, then rounded once.
-template <class Op, class C>
-void gemm_rounded(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Storage>& a,
-                  const Matrix<typename Op::Storage>& b, C* c, int64_t c_stride) {
+template <class Operand, class C>
+void gemm_rounded(int64_t M, int64_t N, int64_t K, const Matrix<typename Operand::Storage>& a,
+                  const Matrix<typename Operand::Storage>& b, C* c, int64_t c_stride) {
   for (int64_t m = 0; m < M; m += kBlockRows) {
     const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
-    const auto sums = scratch<Sum<Op>>(Slot::kGemmSums, rows * N);
-    gemm_serial<Op>(rows, N, K, a.from(m, 0), b, sums.get(), N, false);
+    const auto sums = scratch<Sum<Operand>>(Slot::kGemmSums, rows * N);
+    gemm_serial<Operand>(rows, N, K, a.from(m, 0), b, sums.get(), N, false);
     for (int64_t i = 0; i < rows; ++i) convert(c + (m + i) * c_stride, sums + i * N, N);
   }
 }
 
 // C[M, N] = A[M, K] B[K, N]  (+ C, where C has the type of the sums)
-template <class Op, class C>
-void gemm(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Storage>& a, const Matrix<typename Op::Storage>& b,
-          C* c, int64_t c_stride, bool accumulate, const Parallel& parallel) {
+template <class Operand, class C>
+void gemm(int64_t M, int64_t N, int64_t K, const Matrix<typename Operand::Storage>& a,
+          const Matrix<typename Operand::Storage>& b, C* c, int64_t c_stride, bool accumulate,
+          const Parallel& parallel) {
   const auto serial = [=](int64_t rows, int64_t columns, const auto& left, const auto& right, C* to) {
-    if constexpr (std::is_same_v<C, Sum<Op>>) {
-      gemm_serial<Op>(rows, columns, K, left, right, to, c_stride, accumulate);
+    if constexpr (std::is_same_v<C, Sum<Operand>>) {
+      gemm_serial<Operand>(rows, columns, K, left, right, to, c_stride, accumulate);
     } else {
-      gemm_rounded<Op>(rows, columns, K, left, right, to, c_stride);
+      gemm_rounded<Operand>(rows, columns, K, left, right, to, c_stride);
     }
   };
   if (M == 0 || N == 0) return;
@@ -313,15 +317,16 @@ void gemm(int64_t M, int64_t N, int64_t K, const Matrix<typename Op::Storage>& a
     for (int64_t m = 0; m < M; ++m) memset(c + m * c_stride, 0, static_cast<size_t>(N) * sizeof(C));
   }
   if (K == 0) return;
-  const int64_t panels = (N + kPanel<Op> - 1) / kPanel<Op>, tiles = (M + kTileRows - 1) / kTileRows;
+  const int64_t panels = (N + kPanel<Operand> - 1) / kPanel<Operand>, tiles = (M + kTileRows - 1) / kTileRows;
   // About 20 us of work: less is not worth waking a thread for.
-  const int64_t tile_cost = words_of<Op>(K) * kTileRows * kPanel<Op>, grain = (int64_t{1} << 20) / tile_cost + 1;
+  const int64_t tile_cost = words_of<Operand>(K) * kTileRows * kPanel<Operand>,
+                grain = (int64_t{1} << 20) / tile_cost + 1;
   // The columns or the rows are divided, whatever leaves the busiest thread less to multiply.
   const int64_t threads = parallel.threads(), most_panels = (panels + threads - 1) / threads;
   const int64_t most_tiles = (tiles + threads - 1) / threads;
-  if (most_panels * kPanel<Op> * M <= most_tiles * kTileRows * N) {
+  if (most_panels * kPanel<Operand> * M <= most_tiles * kTileRows * N) {
     parallel(panels, grain / tiles + 1, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kPanel<Op>, last = end * kPanel<Op> < N ? end * kPanel<Op> : N;
+      const int64_t first = begin * kPanel<Operand>, last = end * kPanel<Operand> < N ? end * kPanel<Operand> : N;
       serial(M, last - first, a, b.from(0, first), c + first);
     });
   } else {

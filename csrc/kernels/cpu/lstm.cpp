@@ -31,61 +31,61 @@ void with_operand([[maybe_unused]] bool quantised, [[maybe_unused]] int64_t I, [
   with_operand<T>(f);
 }
 
-template <class Op>
+template <class Operand>
 LstmPackHeader header_of(bool quantised, int64_t I, int64_t H, int64_t P) {
-  return {kLstmPackMagic, kVectorBytes, Op::kTerms, sizeof(Sum<Op>), quantised, I, H, P};
+  return {kLstmPackMagic, kVectorBytes, Operand::kTerms, sizeof(Sum<Operand>), quantised, I, H, P};
 }
 
-template <class Op>
+template <class Operand>
 bool is_packed(const void* packed, bool quantised, int64_t I, int64_t H, int64_t P) {
-  const LstmPackHeader expected = header_of<Op>(quantised, I, H, P);
+  const LstmPackHeader expected = header_of<Operand>(quantised, I, H, P);
   return packed != nullptr && memcmp(packed, &expected, sizeof expected) == 0;
 }
 
-template <class Op>
+template <class Operand>
 int64_t packed_bytes(int64_t I, int64_t H, int64_t P) {
-  const int64_t bytes = LayerWeights<Op>::size(I, H, P) * static_cast<int64_t>(sizeof(Word<Op>));
+  const int64_t bytes = LayerWeights<Operand>::size(I, H, P) * static_cast<int64_t>(sizeof(Word<Operand>));
   return static_cast<int64_t>(sizeof(LstmPackHeader)) + round_up(bytes, 64);
 }
 
-template <class Op, class T>
+template <class Operand, class T>
 void pack(const LstmPack<T>& a, const Parallel& parallel) {
-  using S = Sum<Op>;
-  const LstmPackHeader header = header_of<Op>(a.quantised, a.I, a.H, a.P);
+  using S = Sum<Operand>;
+  const LstmPackHeader header = header_of<Operand>(a.quantised, a.I, a.H, a.P);
   memcpy(a.packed, &header, sizeof header);
-  const LayerWeights<Op> from = {nullptr, a.weight_ih, a.weight_hh, a.I, a.H, a.P};
-  Word<Op>* inputs = reinterpret_cast<Word<Op>*>(static_cast<char*>(a.packed) + sizeof header);
-  Word<Op>* hidden = inputs + panels_of<S>(a.H) * Gates<Op>::panel_words(a.I);
+  const LayerWeights<Operand> from = {nullptr, a.weight_ih, a.weight_hh, a.I, a.H, a.P};
+  Word<Operand>* inputs = reinterpret_cast<Word<Operand>*>(static_cast<char*>(a.packed) + sizeof header);
+  Word<Operand>* hidden = inputs + panels_of<S>(a.H) * Gates<Operand>::panel_words(a.I);
   const int64_t grain = (1 << 15) / ((a.I + a.P) * kGatesWidth<S>)+1;
   parallel(panels_of<S>(a.H), grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t units = units_of<S>(p, a.H);
-      Gates<Op>::pack(from.input(p), a.I, units, a.quantised, inputs + p * Gates<Op>::panel_words(a.I));
-      Gates<Op>::pack(from.hidden(p), a.P, units, a.quantised, hidden + p * Gates<Op>::panel_words(a.P));
+      Gates<Operand>::pack(from.input(p), a.I, units, a.quantised, inputs + p * Gates<Operand>::panel_words(a.I));
+      Gates<Operand>::pack(from.hidden(p), a.P, units, a.quantised, hidden + p * Gates<Operand>::panel_words(a.P));
     }
   });
 }
 
 // A layer's weights for a pass over so many steps: as they have been packed, or packed here, or, for a few steps, where
 // they lie: a copy costs as much as reading them a few times. `own` holds the copy.
-template <class Op, class T = typename Op::Storage>
-LayerWeights<Op> weights_for(const LstmForward<T>& a, const Parallel& parallel, Scratch<char>* own) {
+template <class Operand, class T = typename Operand::Storage>
+LayerWeights<Operand> weights_for(const LstmForward<T>& a, const Parallel& parallel, Scratch<char>* own) {
   constexpr int64_t kStepsInPlace = 2;
   const auto words_in = [](const void* packed) {
-    return reinterpret_cast<const Word<Op>*>(static_cast<const char*>(packed) + sizeof(LstmPackHeader));
+    return reinterpret_cast<const Word<Operand>*>(static_cast<const char*>(packed) + sizeof(LstmPackHeader));
   };
-  if (is_packed<Op>(a.packed, a.quantised, a.I, a.H, a.P)) {
+  if (is_packed<Operand>(a.packed, a.quantised, a.I, a.H, a.P)) {
     return {words_in(a.packed), nullptr, nullptr, a.I, a.H, a.P};
   }
   if (a.steps <= kStepsInPlace && !a.quantised) return {nullptr, a.weight_ih, a.weight_hh, a.I, a.H, a.P};
-  *own = scratch<char>(Slot::kLstmForwardWeights, packed_bytes<Op>(a.I, a.H, a.P));
-  pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, a.quantised, own->get(), a.I, a.H, a.P}, parallel);
+  *own = scratch<char>(Slot::kLstmForwardWeights, packed_bytes<Operand>(a.I, a.H, a.P));
+  pack<Operand>(LstmPack<T>{a.weight_ih, a.weight_hh, a.quantised, own->get(), a.I, a.H, a.P}, parallel);
   return {words_in(own->get()), nullptr, nullptr, a.I, a.H, a.P};
 }
 
-template <class Op>
-void clear_tiles(Word<Op>* tiles, int64_t rows, int64_t K) {
-  copy_or_zero<Word<Op>>(tiles, nullptr, rows * words_of<Op>(K));
+template <class Operand>
+void clear_tiles(Word<Operand>* tiles, int64_t rows, int64_t K) {
+  copy_or_zero<Word<Operand>>(tiles, nullptr, rows * words_of<Operand>(K));
 }
 
 // The threads for that many multiplications and additions.
@@ -110,64 +110,65 @@ void run_rows(const Schedule& whole, const int64_t* lengths, bool reverse, bool 
 }
 
 // The steps of some rows, `cell` [B, H] being the running c.
-template <class Op, class T = typename Op::Storage>
-void run_forward(const LstmForward<T>& a, const LayerWeights<Op>& weights, Sum<Op>* cell, const Schedule& schedule,
-                 const Parallel& threads) {
-  using S = Sum<Op>;
-  using Projection = typename Op::Projection;
+template <class Operand, class T = typename Operand::Storage>
+void run_forward(const LstmForward<T>& a, const LayerWeights<Operand>& weights, Sum<Operand>* cell,
+                 const Schedule& schedule, const Parallel& threads) {
+  using S = Sum<Operand>;
+  using Projection = typename Operand::Projection;
   const bool projects = a.variant.weight_hr != nullptr;
-  const int64_t rows = schedule.rows(), handed = rows * round_up(a.P, Op::kTerms);
-  const auto [before, after] = carve<typename Op::Handed>(Slot::kLstmHidden, {handed, handed});
+  const int64_t rows = schedule.rows(), handed = rows * round_up(a.P, Operand::kTerms);
+  const auto [before, after] = carve<typename Operand::Handed>(Slot::kLstmHidden, {handed, handed});
   const auto [packed_hr, unprojected] = carve<Word<Projection>>(
       Slot::kLstmProjection, {projects ? panels_of<S>(a.P) * words_of<Projection>(a.H) * kUnits<S> : 0,
                               projects ? rows * words_of<Projection>(a.H) : 0});
   const int64_t pairs = a.variant.norm_gates != nullptr ? 2 * panels_of<S>(a.H) * rows : 0;
-  const int64_t together = Forward<Op>::steps_together(rows, schedule.steps());
+  const int64_t together = Forward<Operand>::steps_together(rows, schedule.steps());
   const auto [of_inputs, of_hidden, of_cells] = carve<S>(Slot::kLstmMoments, {together * pairs, pairs, pairs});
   if (projects) pack_rows<Projection>(a.variant.weight_hr, a.P, a.H, packed_hr);
   if (schedule.ragged()) {  // tiles are multiplied whole
-    copy_or_zero<typename Op::Handed>(before, nullptr, handed);
-    copy_or_zero<typename Op::Handed>(after, nullptr, handed);
+    copy_or_zero<typename Operand::Handed>(before, nullptr, handed);
+    copy_or_zero<typename Operand::Handed>(after, nullptr, handed);
     if (projects) clear_tiles<Projection>(unprojected, rows, a.H);
   }
-  const Forward<Op> layer = {a,
-                             schedule,
-                             weights,
-                             {before, after},
-                             packed_hr,
-                             unprojected,
-                             cell,
-                             {of_inputs, together * rows},
-                             {of_hidden, rows},
-                             {of_cells, rows}};
+  const Forward<Operand> layer = {a,
+                                  schedule,
+                                  weights,
+                                  {before, after},
+                                  packed_hr,
+                                  unprojected,
+                                  cell,
+                                  {of_inputs, together * rows},
+                                  {of_hidden, rows},
+                                  {of_cells, rows}};
   run_team(threads, panels_of<S>(a.H), [&](const Share& share) { layer.run(share); });
 }
 
-template <class Op, class T = typename Op::Storage>
+template <class Operand, class T = typename Operand::Storage>
 void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& parallel) {
   Scratch<char> own;
-  const LayerWeights<Op> weights = weights_for<Op>(a, parallel, &own);
+  const LayerWeights<Operand> weights = weights_for<Operand>(a, parallel, &own);
   const Running<T> cell(Slot::kLstmCell, a.c_n, a.c_0, a.B * a.H);
   const Parallel threads = threads_for(schedule.tokens() * a.H * (a.I + a.P) * 8, parallel);
   // With layer norm a thread walks along rows, from panel to panel: its own ones alone stay in its cache. Weights where
   // they lie are transposed by one thread each.
   const bool apart = a.variant.norm_gates == nullptr && weights.words != nullptr;
-  run_rows(schedule, a.lengths, a.reverse, apart, threads,
-           [&](const Schedule& rows, const Parallel& team) { run_forward<Op>(a, weights, cell.values(), rows, team); });
+  run_rows(schedule, a.lengths, a.reverse, apart, threads, [&](const Schedule& rows, const Parallel& team) {
+    run_forward<Operand>(a, weights, cell.values(), rows, team);
+  });
   cell.finish();
 }
 
 template <class T>
 void execute(const LstmPackedLayout<T>& a, const Parallel&) {
-  with_operand<T>(a.quantised, a.I, a.P, [&](auto op) {
-    *a.header = header_of<decltype(op)>(a.quantised, a.I, a.H, a.P);
-    *a.bytes = packed_bytes<decltype(op)>(a.I, a.H, a.P);
+  with_operand<T>(a.quantised, a.I, a.P, [&](auto operand) {
+    *a.header = header_of<decltype(operand)>(a.quantised, a.I, a.H, a.P);
+    *a.bytes = packed_bytes<decltype(operand)>(a.I, a.H, a.P);
   });
 }
 
 template <class T>
 void execute(const LstmPack<T>& a, const Parallel& parallel) {
-  with_operand<T>(a.quantised, a.I, a.P, [&](auto op) { pack<decltype(op)>(a, parallel); });
+  with_operand<T>(a.quantised, a.I, a.P, [&](auto operand) { pack<decltype(operand)>(a, parallel); });
 }
 
 template <class T>
@@ -177,50 +178,51 @@ void execute(const LstmForward<T>& a, const Parallel& parallel) {
   copy_or_zero(a.c_n, a.c_0, a.B * a.H);
   if (schedule.ragged()) clear(a);
   if (schedule.tokens() == 0) return;
-  with_operand<T>(a.quantised, a.I, a.P, [&](auto op) { forward<decltype(op)>(a, schedule, parallel); });
+  with_operand<T>(a.quantised, a.I, a.P, [&](auto operand) { forward<decltype(operand)>(a, schedule, parallel); });
 }
 
 template <class T>
 void execute(const LstmWeightGradients<T>& a, const Parallel& parallel) {
-  with_operand<T>([&](auto op) { stacked_products<decltype(op)>(a, parallel); });
+  with_operand<T>([&](auto operand) { stacked_products<decltype(operand)>(a, parallel); });
 }
 
 // The steps of some rows, backwards; grad_h [B, P] and grad_c [B, H] are the running dh and dc.
-template <class Op, class T = typename Op::Storage>
-void run_backward(const LstmBackward<T>& a, const BackwardState<T>& state, Sum<Op>* grad_h, Sum<Op>* grad_c,
+template <class Operand, class T = typename Operand::Storage>
+void run_backward(const LstmBackward<T>& a, const BackwardState<T>& state, Sum<Operand>* grad_h, Sum<Operand>* grad_c,
                   double* norm_cell, const Schedule& schedule, const Parallel& threads) {
-  using S = Sum<Op>;
+  using S = Sum<Operand>;
   const int64_t rows = schedule.rows();
   const bool projects = a.variant.weight_hr != nullptr, norm = a.variant.norm_gates != nullptr;
-  const int64_t panels = panels_of<S>(a.H), gates = rows * 4 * words_of<Op>(a.H), pairs = norm ? 2 * panels * rows : 0;
+  const int64_t panels = panels_of<S>(a.H), gates = rows * 4 * words_of<Operand>(a.H),
+                pairs = norm ? 2 * panels * rows : 0;
   // A single step multiplies by the weights once: where they lie.
-  const int64_t weights = a.steps > 1 ? panels_of<S>(a.P) * backward_panel_words<Op>(a.H) : 0;
-  const auto [recurrent, packed_hr, before, after, dh] =
-      carve<Word<Op>>(Slot::kLstmBackwardWeights, {weights, projects ? panels * words_of<Op>(a.P) * kUnits<S> : 0,
-                                                   gates, gates, projects ? rows * words_of<Op>(a.P) : 0});
+  const int64_t weights = a.steps > 1 ? panels_of<S>(a.P) * backward_panel_words<Operand>(a.H) : 0;
+  const auto [recurrent, packed_hr, before, after, dh] = carve<Word<Operand>>(
+      Slot::kLstmBackwardWeights, {weights, projects ? panels * words_of<Operand>(a.P) * kUnits<S> : 0, gates, gates,
+                                   projects ? rows * words_of<Operand>(a.P) : 0});
   const auto [of_cells, of_gates] = carve<S>(Slot::kLstmBackwardMoments, {pairs, pairs});
   if (schedule.ragged()) {  // tiles are multiplied whole
-    copy_or_zero<Word<Op>>(before, nullptr, gates);
-    copy_or_zero<Word<Op>>(after, nullptr, gates);
-    if (projects) clear_tiles<Op>(dh, rows, a.P);
+    copy_or_zero<Word<Operand>>(before, nullptr, gates);
+    copy_or_zero<Word<Operand>>(after, nullptr, gates);
+    if (projects) clear_tiles<Operand>(dh, rows, a.P);
   }
-  const Backward<Op> backward = {a,
-                                 schedule,
-                                 state,
-                                 weights > 0 ? recurrent : nullptr,
-                                 packed_hr,
-                                 {before, after},
-                                 dh,
-                                 grad_h,
-                                 grad_c,
-                                 {of_cells, rows},
-                                 {of_gates, rows},
-                                 norm_cell};
+  const Backward<Operand> backward = {a,
+                                      schedule,
+                                      state,
+                                      weights > 0 ? recurrent : nullptr,
+                                      packed_hr,
+                                      {before, after},
+                                      dh,
+                                      grad_h,
+                                      grad_c,
+                                      {of_cells, rows},
+                                      {of_gates, rows},
+                                      norm_cell};
   run_team(threads, panels, [&](const Share& share) { backward.run(share); });
 }
 
 // grad_gates of every token, and the gradients of the initial states.
-template <class Op, class T = typename Op::Storage>
+template <class Operand, class T = typename Operand::Storage>
 void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, const BackwardState<T>& state,
                            double* norm_cell, const Parallel& parallel) {
   const Running<T> grad_h(Slot::kLstmGradHidden, a.grad_h_0, a.grad_h_n, a.B * a.P);
@@ -229,7 +231,7 @@ void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, c
   // The gradients of the gains of layer norm are sums over all rows of a step, in one order.
   const bool apart = a.variant.norm_gates == nullptr && a.steps > 1;
   run_rows(schedule, a.lengths, a.reverse, apart, threads, [&](const Schedule& rows, const Parallel& team) {
-    run_backward<Op>(a, state, grad_h.values(), grad_c.values(), norm_cell, rows, team);
+    run_backward<Operand>(a, state, grad_h.values(), grad_c.values(), norm_cell, rows, team);
   });
   grad_h.finish();
   grad_c.finish();
@@ -240,9 +242,9 @@ void copy_narrowed(T* to, const Buffer<double>& from, int64_t count) {
   for (int64_t j = 0; j < count; ++j) to[j] = narrow<T>(static_cast<Widened<T>>(from[j]));
 }
 
-template <class Op, class T = typename Op::Storage>
+template <class Operand, class T = typename Operand::Storage>
 void backward(const LstmBackward<T>& a, const Schedule& schedule, const Parallel& parallel) {
-  using S = Sum<Op>;
+  using S = Sum<Operand>;
   const Tokens<T> tokens(a, schedule);
   const bool projects = a.variant.weight_hr != nullptr, norm = a.variant.norm_gates != nullptr;
   const bool recompute = a.gates == nullptr;
@@ -263,17 +265,17 @@ void backward(const LstmBackward<T>& a, const Schedule& schedule, const Parallel
                                   grad_projected};
   const Buffer<double> norm_cell(norm ? 2 * a.H : 0);
   for (int64_t j = 0; norm && j < 2 * a.H; ++j) norm_cell[j] = 0;
-  if (recompute) Recomputation<Op>{a, schedule, grad_gates, normalized, scales}.run(tokens, parallel);
-  if (N > 0) backward_through_time<Op>(a, schedule, state, norm_cell.data(), parallel);
+  if (recompute) Recomputation<Operand>{a, schedule, grad_gates, normalized, scales}.run(tokens, parallel);
+  if (N > 0) backward_through_time<Operand>(a, schedule, state, norm_cell.data(), parallel);
   if (a.grad_bias != nullptr) sum_rows(N, width, grad_gates, a.grad_bias, false, parallel);
   if (a.grad_norm_gates != nullptr) {
     gain_gradients(a, schedule, state, parallel);
     copy_narrowed(a.grad_norm_cell, norm_cell, 2 * a.H);
   }
   if (norm) normalized_input_gradients(a, schedule, state, parallel);
-  if (a.grad_input != nullptr) input_gradient<Op>(a, schedule, grad_gates, parallel);
+  if (a.grad_input != nullptr) input_gradient<Operand>(a, schedule, grad_gates, parallel);
   if (a.grad_weight_hh != nullptr) {
-    weight_gradients<Op>(a, tokens, state, grad_gates, norm ? grad_hidden : grad_gates, parallel);
+    weight_gradients<Operand>(a, tokens, state, grad_gates, norm ? grad_hidden : grad_gates, parallel);
   }
 }
 
@@ -282,7 +284,7 @@ void execute(const LstmBackward<T>& a, const Parallel& parallel) {
   const Schedule schedule(a.steps, a.B, a.lengths, a.reverse);
   copy_or_zero(a.grad_h_0, a.grad_h_n, a.B * a.P);  // where no step runs
   copy_or_zero(a.grad_c_0, a.grad_c_n, a.B * a.H);
-  with_operand<T>([&](auto op) { backward<decltype(op)>(a, schedule, parallel); });
+  with_operand<T>([&](auto operand) { backward<decltype(operand)>(a, schedule, parallel); });
 }
 
 }  // namespace

@@ -100,9 +100,9 @@ void with_operand(const F& f) {
 
 }  // namespace
 
-template <class Op>
+template <class Operand>
 constexpr int64_t words_of(int64_t terms) {
-  return (terms + Op::kTerms - 1) / Op::kTerms;
+  return (terms + Operand::kTerms - 1) / Operand::kTerms;
 }
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -28,19 +28,19 @@ struct BackwardState {
   }
 };
 
-template <class Op>
+template <class Operand>
 struct Backward {
-  using T = typename Op::Storage;
-  using S = Sum<Op>;
+  using T = typename Operand::Storage;
+  using S = Sum<Operand>;
 
   const LstmBackward<T>& a;
   const Schedule& schedule;
   const BackwardState<T>& state;
-  Word<Op>* recurrent;    // [panels of P][words of 4 gates][kUnits]: the packed recurrent weights, or null: in place
-  Word<Op>* packed_hr;    // [panels][words of P][kUnits]
-  Word<Op>* da_tiles[2];  // [B, 4H] in tiles: the gradient of W_hh h of the step before, and of this step
-  Word<Op>* dh_tiles;     // [B, P] in tiles: that of W_hr (o * tanh(c)) of this step
-  S *grad_h, *grad_c;     // [B, P], [B, H]: the running dh and dc
+  Word<Operand>* recurrent;  // [panels of P][words of 4 gates][kUnits]: the packed recurrent weights, or null: in place
+  Word<Operand>* packed_hr;  // [panels][words of P][kUnits]
+  Word<Operand>* da_tiles[2];  // [B, 4H] in tiles: the gradient of W_hh h of the step before, and of this step
+  Word<Operand>* dh_tiles;     // [B, P] in tiles: that of W_hr (o * tanh(c)) of this step
+  S *grad_h, *grad_c;          // [B, P], [B, H]: the running dh and dc
   Pairs<S> cell_products, gate_products;
   double* norm_cell;  // [2, H]: gradients of gain and bias of the cell's layer norm
 
@@ -73,12 +73,13 @@ struct Backward {
     Vec<S> dc, da_output;
   };
 
-  int64_t gate_words() const { return words_of<Op>(a.H); }
-  int64_t panel_words() const { return backward_panel_words<Op>(a.H); }
-  ColumnsInPlace<Op> recurrent_in_place(int64_t panel) const {
-    return {a.weight_hh, a.P, a.H, panel, scratch<Word<Op>>(Slot::kLstmColumnsInPlace, kBlockWords<Op, 1> * kUnits<S>)};
+  int64_t gate_words() const { return words_of<Operand>(a.H); }
+  int64_t panel_words() const { return backward_panel_words<Operand>(a.H); }
+  ColumnsInPlace<Operand> recurrent_in_place(int64_t panel) const {
+    return {a.weight_hh, a.P, a.H, panel,
+            scratch<Word<Operand>>(Slot::kLstmColumnsInPlace, kBlockWords<Operand, 1> * kUnits<S>)};
   }
-  int64_t projection_words() const { return words_of<Op>(a.P) * kUnits<S>; }
+  int64_t projection_words() const { return words_of<Operand>(a.P) * kUnits<S>; }
   bool norm() const { return a.variant.norm_gates != nullptr; }
   bool projects() const { return a.variant.weight_hr != nullptr; }
   Token token(int64_t t, int64_t i) const { return {t, i, schedule.row(i), state.saved_row(schedule, a.B, t, i)}; }
@@ -94,23 +95,23 @@ struct Backward {
   void run(const Share& share) const;
   Work work(const Share& share) const;
   void pack(const Share& share) const;
-  void carry(const Work& work, int64_t panel, int64_t t, const Word<Op>* above) const;
+  void carry(const Work& work, int64_t panel, int64_t t, const Word<Operand>* above) const;
   Vec<S> hidden_gradient(const Work& work, const Token& at, int64_t panel) const;
   void project(const Work& work, int64_t panel, int64_t t) const;
   void unproject(const Work& work, int64_t t) const;
-  void finish(const Work& work, int64_t panel, int64_t t, Word<Op>* after) const;
-  void run_normalized_step(const Work& work, int64_t t, Word<Op>* after) const;
+  void finish(const Work& work, int64_t panel, int64_t t, Word<Operand>* after) const;
+  void run_normalized_step(const Work& work, int64_t t, Word<Operand>* after) const;
   void normalized_cell(const Work& work, int64_t panel, const Token& at, Vec<S> (&gains)[2]) const;
   Vec<S> previous_cell(const Token& at, int64_t panel) const;
   Vec<S> new_cell(const Token& at, int64_t panel, Vec<S> before) const;
   Unit output_gradient(const Token& at, int64_t panel, Vec<S> hidden) const;
   void gate_gradients(const Work& work, const Token& at, int64_t panel, const Unit& unit, Vec<S> (&da)[4]) const;
-  void hand_down(int64_t panel, int64_t first, int64_t count, const T* rows, Word<Op>* after) const;
+  void hand_down(int64_t panel, int64_t first, int64_t count, const T* rows, Word<Operand>* after) const;
   void fetch(int64_t panel, int64_t t, int64_t i) const;
 };
 
-template <class Op>
-typename Backward<Op>::Work Backward<Op>::work(const Share& share) const {
+template <class Operand>
+typename Backward<Operand>::Work Backward<Operand>::work(const Share& share) const {
   const int64_t size = (share.end - share.begin) * schedule.rows() * kUnits<S>;
   const int64_t of_gates = norm() ? 4 * size : 0, of_panel = schedule.rows() * kGatesWidth<S>;
   auto memory = carve<S>(Slot::kLstmGradStep, {round_up(schedule.rows(), kBackwardRows) * kUnits<S>, size, of_gates});
@@ -125,26 +126,27 @@ typename Backward<Op>::Work Backward<Op>::work(const Share& share) const {
           Zoneouts<T>::of(a.variant, schedule.rows(), a.H, a.P, share)};
 }
 
-template <class Op>
-void Backward<Op>::pack(const Share& share) const {
+template <class Operand>
+void Backward<Operand>::pack(const Share& share) const {
   const Share mine = projected<S>(share, a.H, a.P);
   for (int64_t p = mine.begin; recurrent != nullptr && p < mine.end; ++p) {
     recurrent_in_place(p).copy(0, 4 * gate_words(), recurrent + p * panel_words());
   }
   for (int64_t p = share.begin; projects() && p < share.end; ++p) {
-    pack_columns<Op>(a.variant.weight_hr, a.H, a.P, p, 0, words_of<Op>(a.P), packed_hr + p * projection_words());
+    pack_columns<Operand>(a.variant.weight_hr, a.H, a.P, p, 0, words_of<Operand>(a.P),
+                          packed_hr + p * projection_words());
   }
 }
 
 // dh = da W_hh of the step before t, for the rows that ran at t.
-template <class Op>
-void Backward<Op>::carry(const Work& work, int64_t panel, int64_t t, const Word<Op>* above) const {
+template <class Operand>
+void Backward<Operand>::carry(const Work& work, int64_t panel, int64_t t, const Word<Operand>* above) const {
   const int64_t active = schedule.active(t), n = units_of<S>(panel, a.P);
   const auto by = [&](const auto& weights) {
-    multiply<Op, kBackwardRows, 1>(active, schedule.rows(), 4 * gate_words(), above, weights, n, work.dh, false);
+    multiply<Operand, kBackwardRows, 1>(active, schedule.rows(), 4 * gate_words(), above, weights, n, work.dh, false);
   };
   if (recurrent != nullptr) {
-    by(PackedPanel<Op, 1>{recurrent + panel * panel_words()});
+    by(PackedPanel<Operand, 1>{recurrent + panel * panel_words()});
   } else {
     by(recurrent_in_place(panel));
   }
@@ -159,9 +161,9 @@ void Backward<Op>::carry(const Work& work, int64_t panel, int64_t t, const Word<
 }
 
 // The gradient of h before zoneout; what zoneout hands past the step stays in the running dh.
-template <class Op>
-[[gnu::always_inline]] inline Vec<Sum<Op>> Backward<Op>::hidden_gradient(const Work& work, const Token& at,
-                                                                         int64_t panel) const {
+template <class Operand>
+[[gnu::always_inline]] inline Vec<Sum<Operand>> Backward<Operand>::hidden_gradient(const Work& work, const Token& at,
+                                                                                   int64_t panel) const {
   const int64_t first = panel * kUnits<S>, n = units_of<S>(panel, a.P);
   S* running = grad_h + at.row * a.P + first;
   Vec<S> dh = load(running, n);
@@ -173,28 +175,29 @@ template <class Op>
 }
 
 // The gradient of a panel of W_hr (o * tanh(c)).
-template <class Op>
-void Backward<Op>::project(const Work& work, int64_t panel, int64_t t) const {
+template <class Operand>
+void Backward<Operand>::project(const Work& work, int64_t panel, int64_t t) const {
   const int64_t first = panel * kUnits<S>, n = units_of<S>(panel, a.P);
   for (int64_t i = 0; i < schedule.active(t); ++i) {
     const Vec<S> dh = hidden_gradient(work, token(t, i), panel);
     store_narrow(state.grad_projected + schedule.token(t, i) * a.P + first, dh, n);
-    scatter<Op, kBackwardRows>(dh, n, dh_tiles, i, first / Op::kTerms, schedule.rows(), words_of<Op>(a.P));
+    scatter<Operand, kBackwardRows>(dh, n, dh_tiles, i, first / Operand::kTerms, schedule.rows(),
+                                    words_of<Operand>(a.P));
   }
 }
 
 // From the gradient of h = W_hr r to that of r = o * tanh(c).
-template <class Op>
-void Backward<Op>::unproject(const Work& work, int64_t t) const {
+template <class Operand>
+void Backward<Operand>::unproject(const Work& work, int64_t t) const {
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-    multiply<Op, kBackwardRows, 1>(schedule.active(t), schedule.rows(), words_of<Op>(a.P), dh_tiles,
-                                   PackedPanel<Op, 1>{packed_hr + p * projection_words()}, units_of<S>(p, a.H),
-                                   work.hidden_row(p, 0, schedule.rows()), false);
+    multiply<Operand, kBackwardRows, 1>(schedule.active(t), schedule.rows(), words_of<Operand>(a.P), dh_tiles,
+                                        PackedPanel<Operand, 1>{packed_hr + p * projection_words()},
+                                        units_of<S>(p, a.H), work.hidden_row(p, 0, schedule.rows()), false);
   }
 }
 
-template <class Op>
-[[gnu::always_inline]] inline Vec<Sum<Op>> Backward<Op>::previous_cell(const Token& at, int64_t panel) const {
+template <class Operand>
+[[gnu::always_inline]] inline Vec<Sum<Operand>> Backward<Operand>::previous_cell(const Token& at, int64_t panel) const {
   const int64_t before = schedule.time_before(at.t), unit = panel * kUnits<S>;
   if (resets(a.variant, at.t, at.row, a.B)) return Vec<S>{};
   if (at.i >= schedule.active(before)) return load_wide(a.c_0 + at.row * a.H + unit, units_of<S>(panel, a.H));
@@ -202,16 +205,18 @@ template <class Op>
 }
 
 // The cell before zoneout.
-template <class Op>
-[[gnu::always_inline]] inline Vec<Sum<Op>> Backward<Op>::new_cell(const Token& at, int64_t panel, Vec<S> before) const {
+template <class Operand>
+[[gnu::always_inline]] inline Vec<Sum<Operand>> Backward<Operand>::new_cell(const Token& at, int64_t panel,
+                                                                            Vec<S> before) const {
   if (a.variant.zoneout_c > 0) return fma(gate(at, 1, panel), before, gate(at, 0, panel) * gate(at, 2, panel));
   return load(a.cells + (at.t * a.B + at.row) * a.H + panel * kUnits<S>, units_of<S>(panel, a.H));
 }
 
 // From the gradient of o * tanh(c) to what it gives to c and to the output gate before activation.
-template <class Op>
-[[gnu::always_inline]] inline typename Backward<Op>::Unit Backward<Op>::output_gradient(const Token& at, int64_t panel,
-                                                                                        Vec<S> hidden) const {
+template <class Operand>
+[[gnu::always_inline]] inline typename Backward<Operand>::Unit Backward<Operand>::output_gradient(const Token& at,
+                                                                                                  int64_t panel,
+                                                                                                  Vec<S> hidden) const {
   const Vec<S> o = gate(at, 3, panel), tanh_c = tanh(new_cell(at, panel, previous_cell(at, panel)));
   if (projects()) {
     store_narrow(state.unprojected + schedule.token(at.t, at.i) * a.H + panel * kUnits<S>, o * tanh_c,
@@ -221,9 +226,9 @@ template <class Op>
 }
 
 // da of all four gates, and dc of the step before.
-template <class Op>
-[[gnu::always_inline]] inline void Backward<Op>::gate_gradients(const Work& work, const Token& at, int64_t panel,
-                                                                const Unit& unit, Vec<S> (&da)[4]) const {
+template <class Operand>
+[[gnu::always_inline]] inline void Backward<Operand>::gate_gradients(const Work& work, const Token& at, int64_t panel,
+                                                                     const Unit& unit, Vec<S> (&da)[4]) const {
   const int64_t H = a.H, first = panel * kUnits<S>, n = units_of<S>(panel, H), token = at.t * a.B + at.row;
   const Vec<S> i = gate(at, 0, panel), f = gate(at, 1, panel), g = gate(at, 2, panel),
                before = previous_cell(at, panel);
@@ -246,21 +251,22 @@ template <class Op>
 }
 
 // The gradient of W_hh h of a panel, the rows of one tile, into the tiles of the step before.
-template <class Op>
-void Backward<Op>::hand_down(int64_t panel, int64_t first, int64_t count, const T* rows, Word<Op>* after) const {
+template <class Operand>
+void Backward<Operand>::hand_down(int64_t panel, int64_t first, int64_t count, const T* rows,
+                                  Word<Operand>* after) const {
   const int64_t height = tile_height<kBackwardRows>(first, schedule.rows()), n = units_of<S>(panel, a.H);
   for (int j = 0; j < 4; ++j) {
-    const int64_t word = j * gate_words() + panel * kUnits<S> / Op::kTerms;
-    fill_tile<Op>(rows + j * kUnits<S>, kGatesWidth<S>, n, count, height,
-                  in_tiles<kBackwardRows>(after, first, word, schedule.rows(), 4 * gate_words()));
+    const int64_t word = j * gate_words() + panel * kUnits<S> / Operand::kTerms;
+    fill_tile<Operand>(rows + j * kUnits<S>, kGatesWidth<S>, n, count, height,
+                       in_tiles<kBackwardRows>(after, first, word, schedule.rows(), 4 * gate_words()));
   }
 }
 
 // Rows are far apart in memory: what one will read of a panel is asked for while others are worked on, by its last
 // unit, as the first one's line came with the panel before. Inlined by order: to gcc a function that only prefetches
 // has no effect, and a call of it is dropped.
-template <class Op>
-[[gnu::always_inline]] inline void Backward<Op>::fetch(int64_t panel, int64_t t, int64_t i) const {
+template <class Operand>
+[[gnu::always_inline]] inline void Backward<Operand>::fetch(int64_t panel, int64_t t, int64_t i) const {
   if (i >= schedule.active(t)) return;
   const int64_t last = panel * kUnits<S> + units_of<S>(panel, a.H) - 1, before = schedule.time_before(t);
   const Token at = token(t, i);
@@ -271,8 +277,8 @@ template <class Op>
 }
 
 // A panel's part of a step, after the product that makes dh.
-template <class Op>
-void Backward<Op>::finish(const Work& work, int64_t panel, int64_t t, Word<Op>* after) const {
+template <class Operand>
+void Backward<Operand>::finish(const Work& work, int64_t panel, int64_t t, Word<Operand>* after) const {
   const int64_t active = schedule.active(t);
   for (int64_t first = 0; first < active; first += kBackwardRows) {
     const int64_t count = active - first < kBackwardRows ? active - first : kBackwardRows;
@@ -291,9 +297,9 @@ void Backward<Op>::finish(const Work& work, int64_t panel, int64_t t, Word<Op>* 
 }
 
 // The gradient of the normalised cell takes the place of that of o * tanh(...); da of the output gate goes to its own.
-template <class Op>
-[[gnu::always_inline]] inline void Backward<Op>::normalized_cell(const Work& work, int64_t panel, const Token& at,
-                                                                 Vec<S> (&gains)[2]) const {
+template <class Operand>
+[[gnu::always_inline]] inline void Backward<Operand>::normalized_cell(const Work& work, int64_t panel, const Token& at,
+                                                                      Vec<S> (&gains)[2]) const {
   const int64_t first = panel * kUnits<S>, n = units_of<S>(panel, a.H);
   const S* scales = state.scales + at.saved * 4;
   const Vec<S> o = gate(at, 3, panel), gain = load_wide(a.variant.norm_cell + first, n);
@@ -310,8 +316,8 @@ template <class Op>
 }
 
 // With layer norm everybody waits for the sums of all panels twice: of the cells, and of the gates.
-template <class Op>
-void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* after) const {
+template <class Operand>
+void Backward<Operand>::run_normalized_step(const Work& work, int64_t t, Word<Operand>* after) const {
   const int64_t active = schedule.active(t);
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     Vec<S> gains[2] = {};
@@ -367,8 +373,8 @@ void Backward<Op>::run_normalized_step(const Work& work, int64_t t, Word<Op>* af
   }
 }
 
-template <class Op>
-void Backward<Op>::run(const Share& share) const {
+template <class Operand>
+void Backward<Operand>::run(const Share& share) const {
   const Work mine = work(share);
   const Share outputs = projected<S>(share, a.H, a.P);
   pack(share);

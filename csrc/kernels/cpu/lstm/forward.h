@@ -19,16 +19,16 @@ constexpr int64_t kFinishRows = 16;
 // Multiplications and additions worth waking another thread for.
 constexpr int64_t kTeamFlops = 1 << 18;
 
-template <class Op>
+template <class Operand>
 struct Forward {
-  using T = typename Op::Storage;
-  using S = Sum<Op>;
-  using Handed = typename Op::Handed;
-  using Projection = typename Op::Projection;
+  using T = typename Operand::Storage;
+  using S = Sum<Operand>;
+  using Handed = typename Operand::Handed;
+  using Projection = typename Operand::Projection;
 
   const LstmForward<T>& a;
   const Schedule& schedule;
-  LayerWeights<Op> weights;
+  LayerWeights<Operand> weights;
   Handed* hidden[2];                    // [B, P]: h of the step before, and of this step
   const Word<Projection>* packed_hr;    // [panels of P][words of H][kUnits]
   Word<Projection>* unprojected_tiles;  // [B, H]: o * tanh(c) of this step
@@ -38,10 +38,10 @@ struct Forward {
   // What a worker keeps, for its panels.
   struct Work {
     const Share& share;
-    int64_t together;               // steps whose input products are made at once
-    int64_t group;                  // panels whose products with h are made before their gates
-    Scratch<Word<Op>> input_tiles;  // [together * B, I] in tiles
-    Carved<S, 3> memory;            // of the next three
+    int64_t together;                    // steps whose input products are made at once
+    int64_t group;                       // panels whose products with h are made before their gates
+    Scratch<Word<Operand>> input_tiles;  // [together * B, I] in tiles
+    Carved<S, 3> memory;                 // of the next three
     S* inputs;      // [panels][together * B][kGatesWidth]: products of the input, rows in the order of steps
     S* products;    // [panels, or a group][B][kGatesWidth]: those of h
     S* projection;  // [B][kUnits]
@@ -104,11 +104,12 @@ struct Forward {
   Vec<S> zone_out(const Work& work, int64_t panel, int64_t t, int64_t i, Vec<S> h) const;
 };
 
-template <class Op>
-typename Forward<Op>::Work Forward<Op>::work(const Share& share) const {
+template <class Operand>
+typename Forward<Operand>::Work Forward<Operand>::work(const Share& share) const {
   const int64_t together = steps_together(schedule.rows(), schedule.steps()), panels = share.end - share.begin;
   const int64_t group = kFinishRows / schedule.rows() + 1, size = schedule.rows() * kGatesWidth<S>;
-  auto tiles = scratch<Word<Op>>(Slot::kLstmInputTiles, Gates<Op>::tile_words(together * schedule.rows(), a.I));
+  auto tiles =
+      scratch<Word<Operand>>(Slot::kLstmInputTiles, Gates<Operand>::tile_words(together * schedule.rows(), a.I));
   auto memory = carve<S>(Slot::kLstmProducts,
                          {together * panels * size, (norm() ? panels : group) * size, projects() ? size : 0});
   S *inputs = memory[0], *products = memory[1], *projection = memory[2];
@@ -125,8 +126,8 @@ typename Forward<Op>::Work Forward<Op>::work(const Share& share) const {
 }
 
 // h_0 of the rows whose first step this is, the share's columns.
-template <class Op>
-void Forward<Op>::begin_rows(const Work& work, int64_t step, Handed* to) const {
+template <class Operand>
+void Forward<Operand>::begin_rows(const Work& work, int64_t step, Handed* to) const {
   const Share share = projected<S>(work.share, a.H, a.P);
   const int64_t t = schedule.time(step);
   const T zeros[kUnits<S>] = {};
@@ -135,30 +136,30 @@ void Forward<Op>::begin_rows(const Work& work, int64_t step, Handed* to) const {
     const bool reset = resets(a.variant, t, row, a.B);
     for (int64_t p = share.begin; p < share.end; ++p) {
       const T* from = reset ? zeros : a.h_0 + row * a.P + p * kUnits<S>;
-      Gates<Op>::hand_over(from, units_of<S>(p, a.P), i, p * kUnits<S>, schedule.rows(), a.P, to);
+      Gates<Operand>::hand_over(from, units_of<S>(p, a.P), i, p * kUnits<S>, schedule.rows(), a.P, to);
     }
   }
 }
 
 // inputs = W_ih x of these steps, the share's panels.
-template <class Op>
-void Forward<Op>::multiply_inputs(const Work& work, int64_t step, int64_t steps) const {
+template <class Operand>
+void Forward<Operand>::multiply_inputs(const Work& work, int64_t step, int64_t steps) const {
   const int64_t rows = first_row(step, step + steps - 1) + schedule.active(schedule.time(step + steps - 1));
   for (int64_t s = step; s < step + steps; ++s) {
     const int64_t t = schedule.time(s), first = first_row(step, s);
     for (int64_t i = 0; i < schedule.active(t); ++i) {
-      Gates<Op>::fill(a.input + (t * a.B + schedule.row(i)) * a.I, first + i, rows, a.I, work.input_tiles);
+      Gates<Operand>::fill(a.input + (t * a.B + schedule.row(i)) * a.I, first + i, rows, a.I, work.input_tiles);
     }
   }
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
-    Gates<Op>::multiply(rows, rows, a.I, work.input_tiles, weights.input(p), units_of<S>(p, a.H),
-                        work.input_row(p, 0, schedule.rows()), false);
+    Gates<Operand>::multiply(rows, rows, a.I, work.input_tiles, weights.input(p), units_of<S>(p, a.H),
+                             work.input_row(p, 0, schedule.rows()), false);
   }
 }
 
 // The same products, layer-normalised and with their gains.
-template <class Op>
-void Forward<Op>::normalize_inputs(const Work& work, int64_t step, int64_t steps) const {
+template <class Operand>
+void Forward<Operand>::normalize_inputs(const Work& work, int64_t step, int64_t steps) const {
   const int64_t rows = first_row(step, step + steps - 1) + schedule.active(schedule.time(step + steps - 1));
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -184,16 +185,16 @@ void Forward<Op>::normalize_inputs(const Work& work, int64_t step, int64_t steps
 // Rows are far apart in memory: where one will write a panel is asked for while others are worked on, by its last unit,
 // as the first one's line came with the panel before. Inlined by order: to gcc a function that only prefetches has no
 // effect, and a call of it is dropped.
-template <class Op>
-[[gnu::always_inline]] inline void Forward<Op>::fetch(int64_t panel, int64_t t, int64_t i) const {
+template <class Operand>
+[[gnu::always_inline]] inline void Forward<Operand>::fetch(int64_t panel, int64_t t, int64_t i) const {
   if (i >= schedule.active(t)) return;
   const int64_t last = panel * kUnits<S> + units_of<S>(panel, a.H) - 1, token = t * a.B + schedule.row(i);
   for (int g = 0; g < 4 && a.gates != nullptr; ++g) __builtin_prefetch(a.gates + (token * 4 + g) * a.H + last, 1);
   if (a.cells != nullptr) __builtin_prefetch(a.cells + token * a.H + last, 1);
 }
 
-template <class Op>
-typename Forward<Op>::Units Forward<Op>::units(int64_t panel) const {
+template <class Operand>
+typename Forward<Operand>::Units Forward<Operand>::units(int64_t panel) const {
   Units units = {panel, panel * kUnits<S>, units_of<S>(panel, a.H), {}};
   for (int g = 0; g < 4 && a.bias_ih != nullptr; ++g) {
     const int64_t at = g * a.H + units.first;
@@ -204,10 +205,11 @@ typename Forward<Op>::Units Forward<Op>::units(int64_t panel) const {
 
 // From the sums of a row and panel  (+ more)  to its gates and cell. Inlined by order: what does not change from row to
 // row is then looked at once, and the latency of one row's functions is hidden by the next one's.
-template <class Op>
-[[gnu::always_inline]] inline typename Forward<Op>::Unit Forward<Op>::activate(const Work& work, const Units& units,
-                                                                               int64_t i, int64_t t, const S* sums,
-                                                                               const S* more) const {
+template <class Operand>
+[[gnu::always_inline]] inline typename Forward<Operand>::Unit Forward<Operand>::activate(const Work& work,
+                                                                                         const Units& units, int64_t i,
+                                                                                         int64_t t, const S* sums,
+                                                                                         const S* more) const {
   const int64_t H = a.H, n = units.count, row = schedule.row(i), token = t * a.B + row;
   Vec<S> gate[4];
 #pragma GCC unroll 4
@@ -228,9 +230,9 @@ template <class Op>
 }
 
 // A panel's part of a step, after its products.
-template <class Op>
-void Forward<Op>::finish(const Work& work, int64_t panel, int64_t t, const S* inputs, const S* products,
-                         Handed* after) const {
+template <class Operand>
+void Forward<Operand>::finish(const Work& work, int64_t panel, int64_t t, const S* inputs, const S* products,
+                              Handed* after) const {
   const Units those = units(panel);
   const int64_t active = schedule.active(t);
   Vec<S> outputs[kForwardRows];
@@ -243,9 +245,9 @@ void Forward<Op>::finish(const Work& work, int64_t panel, int64_t t, const S* in
 }
 
 // o * tanh(c) of a row and panel is outputs[i % kForwardRows]: with the last row of a tile, all of them go on.
-template <class Op>
-[[gnu::always_inline]] inline void Forward<Op>::emit(const Work& work, int64_t panel, int64_t t, int64_t i,
-                                                     const Vec<S>* outputs, Handed* after) const {
+template <class Operand>
+[[gnu::always_inline]] inline void Forward<Operand>::emit(const Work& work, int64_t panel, int64_t t, int64_t i,
+                                                          const Vec<S>* outputs, Handed* after) const {
   const int64_t first = i / kForwardRows * kForwardRows, count = i + 1 - first;
   if (count < kForwardRows && i + 1 < schedule.active(t)) return;
   if (projects()) {
@@ -255,8 +257,8 @@ template <class Op>
   }
 }
 
-template <class Op>
-void Forward<Op>::emit_unprojected(int64_t panel, int64_t first, int64_t count, const Vec<S>* outputs) const {
+template <class Operand>
+void Forward<Operand>::emit_unprojected(int64_t panel, int64_t first, int64_t count, const Vec<S>* outputs) const {
   typename Projection::Storage rows[kForwardRows * kUnits<S>];
   for (int64_t i = 0; i < count; ++i) store_narrow(rows + i * kUnits<S>, outputs[i]);
   const int64_t words = words_of<Projection>(a.H), word = panel * kUnits<S> / Projection::kTerms;
@@ -266,9 +268,9 @@ void Forward<Op>::emit_unprojected(int64_t panel, int64_t first, int64_t count, 
 }
 
 // A panel of h of the rows of one tile: to the output, and to what the next step reads.
-template <class Op>
-void Forward<Op>::emit_hidden(const Work& work, int64_t panel, int64_t t, int64_t first, int64_t count,
-                              const Vec<S>* outputs, Handed* after) const {
+template <class Operand>
+void Forward<Operand>::emit_hidden(const Work& work, int64_t panel, int64_t t, int64_t first, int64_t count,
+                                   const Vec<S>* outputs, Handed* after) const {
   const int64_t P = a.P, column = panel * kUnits<S>, n = units_of<S>(panel, P), next = schedule.time_after(t);
   const int64_t go_on = schedule.active(next) - first;
   T carried[kForwardRows * kUnits<S>];
@@ -283,13 +285,13 @@ void Forward<Op>::emit_hidden(const Work& work, int64_t panel, int64_t t, int64_
     }
   }
   if (go_on > 0)
-    Gates<Op>::hand_over_tile(carried, n, first, go_on < count ? go_on : count, column, schedule.rows(), P, after);
+    Gates<Operand>::hand_over_tile(carried, n, first, go_on < count ? go_on : count, column, schedule.rows(), P, after);
 }
 
 // h, or what zoneout keeps of the step before.
-template <class Op>
-[[gnu::always_inline]] inline Vec<Sum<Op>> Forward<Op>::zone_out(const Work& work, int64_t panel, int64_t t, int64_t i,
-                                                                 Vec<S> h) const {
+template <class Operand>
+[[gnu::always_inline]] inline Vec<Sum<Operand>> Forward<Operand>::zone_out(const Work& work, int64_t panel, int64_t t,
+                                                                           int64_t i, Vec<S> h) const {
   if (!work.zoneouts.hidden.any()) return h;
   const int64_t before = schedule.time_before(t), row = schedule.row(i);
   const T* from = i < schedule.active(before) ? a.output + (before * a.B + row) * a.P : a.h_0 + row * a.P;
@@ -298,16 +300,16 @@ template <class Op>
   return mix(work.zoneouts.hidden.at(i, panel), kept, h);
 }
 
-template <class Op>
-void Forward<Op>::run_step(const Work& work, int64_t step) const {
+template <class Operand>
+void Forward<Operand>::run_step(const Work& work, int64_t step) const {
   const int64_t t = schedule.time(step), active = schedule.active(t), size = schedule.rows() * kGatesWidth<S>;
   const int64_t input_row = first_row(step / work.together * work.together, step);
-  const auto tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
+  const auto tiles = Gates<Operand>::tiles(hidden[step % 2], active, a.P);
   for (int64_t first = work.share.begin; first < work.share.end; first += work.group) {
     const int64_t last = first + work.group < work.share.end ? first + work.group : work.share.end;
     for (int64_t p = first; p < last; ++p) {
-      Gates<Op>::multiply(active, schedule.rows(), a.P, tiles, weights.hidden(p), units_of<S>(p, a.H),
-                          work.products + (p - first) * size, false);
+      Gates<Operand>::multiply(active, schedule.rows(), a.P, tiles, weights.hidden(p), units_of<S>(p, a.H),
+                               work.products + (p - first) * size, false);
     }
     for (int64_t p = first; p < last; ++p) {
       finish(work, p, t, work.input_row(p, input_row, schedule.rows()), work.products + (p - first) * size,
@@ -317,14 +319,15 @@ void Forward<Op>::run_step(const Work& work, int64_t step) const {
 }
 
 // With layer norm everybody waits for the moments of all panels twice: of the gates, and of the cells.
-template <class Op>
-void Forward<Op>::run_normalized_step(const Work& work, int64_t step) const {
+template <class Operand>
+void Forward<Operand>::run_normalized_step(const Work& work, int64_t step) const {
   const int64_t t = schedule.time(step), active = schedule.active(t);
   const int64_t input_row = first_row(step / work.together * work.together, step);
-  const auto tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
+  const auto tiles = Gates<Operand>::tiles(hidden[step % 2], active, a.P);
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     S* of_panel = work.row(p, 0, schedule.rows());
-    Gates<Op>::multiply(active, schedule.rows(), a.P, tiles, weights.hidden(p), units_of<S>(p, a.H), of_panel, false);
+    Gates<Operand>::multiply(active, schedule.rows(), a.P, tiles, weights.hidden(p), units_of<S>(p, a.H), of_panel,
+                             false);
     for (int64_t i = 0; i < active; ++i) {
       put_gate_moments(of_panel + i * kGatesWidth<S>, units_of<S>(p, a.H), hidden_moments.at(p, i));
     }
@@ -341,8 +344,8 @@ void Forward<Op>::run_normalized_step(const Work& work, int64_t step) const {
 
 // Gates and cell of a row whose products with h are finished; output gate and cell take the products' place. A row at a
 // time: so much is written of it that what follows it in memory is best written next.
-template <class Op>
-void Forward<Op>::normalize_row(const Work& work, int64_t t, int64_t i, int64_t input_row) const {
+template <class Operand>
+void Forward<Operand>::normalize_row(const Work& work, int64_t t, int64_t i, int64_t input_row) const {
   const Moments<S> moments = moments_of_row(hidden_moments, i, a.H, 4);
   const int64_t token = t * a.B + schedule.row(i);
   if (S* scales = scales_of(work, t, i)) scales[1] = moments.scale;
@@ -359,8 +362,8 @@ void Forward<Op>::normalize_row(const Work& work, int64_t t, int64_t i, int64_t 
 }
 
 // The rest of a panel's step, once all cells are there.
-template <class Op>
-void Forward<Op>::finish_normalized(const Work& work, int64_t panel, int64_t t, Handed* after) const {
+template <class Operand>
+void Forward<Operand>::finish_normalized(const Work& work, int64_t panel, int64_t t, Handed* after) const {
   const int64_t n = units_of<S>(panel, a.H);
   const T* of_panel = a.variant.norm_cell + panel * kUnits<S>;
   const Vec<S> gain = load_wide(of_panel, n), offset = load_wide(of_panel + a.H, n);
@@ -374,8 +377,8 @@ void Forward<Op>::finish_normalized(const Work& work, int64_t panel, int64_t t, 
 }
 
 // h = W_hr (o * tanh(c)), the share's panels of h.
-template <class Op>
-void Forward<Op>::project(const Work& work, int64_t t, Handed* after) const {
+template <class Operand>
+void Forward<Operand>::project(const Work& work, int64_t t, Handed* after) const {
   const Share share = projected<S>(work.share, a.H, a.P);
   const int64_t active = schedule.active(t), words = words_of<Projection>(a.H);
   for (int64_t p = share.begin; p < share.end; ++p) {
@@ -391,8 +394,8 @@ void Forward<Op>::project(const Work& work, int64_t t, Handed* after) const {
   }
 }
 
-template <class Op>
-void Forward<Op>::run(const Share& share) const {
+template <class Operand>
+void Forward<Operand>::run(const Share& share) const {
   const Work mine = work(share);
   for (int64_t step = 0; step < schedule.steps(); ++step) {
     const int64_t left = schedule.steps() - step, steps = left < mine.together ? left : mine.together;

@@ -90,10 +90,10 @@ S normalize(S* x, int64_t n) {
   return moments.scale;
 }
 
-template <class Op>
+template <class Operand>
 struct Recomputation {
-  using T = typename Op::Storage;
-  using S = Sum<Op>;
+  using T = typename Operand::Storage;
+  using S = Sum<Operand>;
 
   const LstmBackward<T>& a;
   const Schedule& schedule;
@@ -109,8 +109,8 @@ struct Recomputation {
 };
 
 // Some steps after the others: sums are wider than gates.
-template <class Op>
-void Recomputation<Op>::run(const Tokens<T>& tokens, const Parallel& parallel) const {
+template <class Operand>
+void Recomputation<Operand>::run(const Tokens<T>& tokens, const Parallel& parallel) const {
   constexpr int64_t kRows = 1024;
   const int64_t width = 4 * a.H;
   for (int64_t from = 0, to; from < a.steps; from = to) {
@@ -119,8 +119,8 @@ void Recomputation<Op>::run(const Tokens<T>& tokens, const Parallel& parallel) c
     const auto sums = scratch<S>(Slot::kLstmRecomputation, count * width * (norm() ? 2 : 1));
     S* inputs = sums;
     S* hidden = norm() ? inputs + count * width : inputs;
-    gemm<Op>(count, width, a.I, row_major(tokens.input() + begin * a.I, a.I), transposed(a.weight_ih, a.I), inputs,
-             width, false, parallel);
+    gemm<Operand>(count, width, a.I, row_major(tokens.input() + begin * a.I, a.I), transposed(a.weight_ih, a.I), inputs,
+                  width, false, parallel);
     multiply_hidden(tokens, begin, end, hidden, parallel);
     parallel(to - from, (1 << 15) / (a.B * width + 1) + 1, [&](int64_t first, int64_t last) {
       for (int64_t t = from + first; t < from + last; ++t) {
@@ -136,20 +136,20 @@ void Recomputation<Op>::run(const Tokens<T>& tokens, const Parallel& parallel) c
 }
 
 // sums [end - begin, 4H] of these tokens: W_hh h_{t-1}, with layer norm; else added to what is there.
-template <class Op>
-void Recomputation<Op>::multiply_hidden(const Tokens<T>& tokens, int64_t begin, int64_t end, S* sums,
-                                        const Parallel& parallel) const {
+template <class Operand>
+void Recomputation<Operand>::multiply_hidden(const Tokens<T>& tokens, int64_t begin, int64_t end, S* sums,
+                                             const Parallel& parallel) const {
   const int64_t width = 4 * a.H;
   tokens.for_hidden([&](int64_t first, int64_t count, const T* h) {
     const int64_t from = first > begin ? first : begin, to = first + count < end ? first + count : end;
     if (from >= to) return;
-    gemm<Op>(to - from, width, a.P, row_major(h + (from - first) * a.P, a.P), transposed(a.weight_hh, a.P),
-             sums + (from - begin) * width, width, !norm(), parallel);
+    gemm<Operand>(to - from, width, a.P, row_major(h + (from - first) * a.P, a.P), transposed(a.weight_hh, a.P),
+                  sums + (from - begin) * width, width, !norm(), parallel);
   });
 }
 
-template <class Op>
-void Recomputation<Op>::normalize_sums(int64_t token, S* inputs, S* hidden) const {
+template <class Operand>
+void Recomputation<Operand>::normalize_sums(int64_t token, S* inputs, S* hidden) const {
   const int64_t width = 4 * a.H;
   scales[token * 4] = normalize(inputs, width);
   scales[token * 4 + 1] = normalize(hidden, width);
@@ -161,8 +161,8 @@ void Recomputation<Op>::normalize_sums(int64_t token, S* inputs, S* hidden) cons
   });
 }
 
-template <class Op>
-void Recomputation<Op>::activate(int64_t token, const S* sums) const {
+template <class Operand>
+void Recomputation<Operand>::activate(int64_t token, const S* sums) const {
   for (int g = 0; g < 4; ++g) {
     T* row = gates + (token * 4 + g) * a.H;
     for_lanes<S>(0, a.H, [&](int64_t j, int64_t n) {
@@ -173,8 +173,8 @@ void Recomputation<Op>::activate(int64_t token, const S* sums) const {
   }
 }
 
-template <class Op>
-void Recomputation<Op>::measure_cell(int64_t t, int64_t i) const {
+template <class Operand>
+void Recomputation<Operand>::measure_cell(int64_t t, int64_t i) const {
   const int64_t row = schedule.row(i), token = schedule.token(t, i), before = schedule.time_before(t), H = a.H;
   const bool reset = resets(a.variant, t, row, a.B), is_first = i >= schedule.active(before);
   const T* gate = gates + token * 4 * H;
@@ -265,12 +265,12 @@ void spread(const Schedule& schedule, const T* tokens, int64_t B, int64_t I, T* 
   }
 }
 
-template <class Op, class T = typename Op::Storage>
+template <class Operand, class T = typename Operand::Storage>
 void input_gradient(const LstmBackward<T>& a, const Schedule& schedule, const T* da, const Parallel& parallel) {
   const Buffer<T> of_tokens(schedule.ragged() ? schedule.tokens() * a.I : 0);
   T* to = schedule.ragged() ? of_tokens.data() : a.grad_input;
-  gemm<Op>(schedule.tokens(), a.I, 4 * a.H, row_major(da, 4 * a.H), row_major(a.weight_ih, a.I), to, a.I, false,
-           parallel);
+  gemm<Operand>(schedule.tokens(), a.I, 4 * a.H, row_major(da, 4 * a.H), row_major(a.weight_ih, a.I), to, a.I, false,
+                parallel);
   if (schedule.ragged()) spread(schedule, to, a.B, a.I, a.grad_input);
 }
 
@@ -286,9 +286,9 @@ T* stack_rows(const T* const* steps, const int64_t* rows, int64_t first, int64_t
 
 // The products of some steps at a time: all of them would need fresh memory, whose first touch costs more than the
 // copy. But a sum of 16 bits is rounded once.
-template <class Op, class T = typename Op::Storage>
+template <class Operand, class T = typename Operand::Storage>
 void stacked_products(const LstmWeightGradients<T>& a, const Parallel& parallel) {
-  constexpr bool kExact = std::is_same_v<T, Sum<Op>>;
+  constexpr bool kExact = std::is_same_v<T, Sum<Operand>>;
   const int64_t width = 4 * a.H;
   for (int64_t first = 0, last = 0; first < a.steps; first = last) {
     int64_t N = 0;
@@ -298,27 +298,27 @@ void stacked_products(const LstmWeightGradients<T>& a, const Parallel& parallel)
     T* const x = stack_rows(a.grad_gates, a.rows, first, last, width, da);
     T* const h = stack_rows(a.input, a.rows, first, last, a.I, x);
     stack_rows(a.previous, a.rows, first, last, a.P, h);
-    gemm<Op>(width, a.I, N, transposed(da, width), row_major(x, a.I), a.grad_weight_ih, a.I, first > 0, parallel);
-    gemm<Op>(width, a.P, N, transposed(da, width), row_major(h, a.P), a.grad_weight_hh, a.P, first > 0, parallel);
+    gemm<Operand>(width, a.I, N, transposed(da, width), row_major(x, a.I), a.grad_weight_ih, a.I, first > 0, parallel);
+    gemm<Operand>(width, a.P, N, transposed(da, width), row_major(h, a.P), a.grad_weight_hh, a.P, first > 0, parallel);
     sum_rows(N, width, da, a.grad_bias, first > 0, parallel);
   }
 }
 
-template <class Op, class T = typename Op::Storage>
+template <class Operand, class T = typename Operand::Storage>
 void weight_gradients(const LstmBackward<T>& a, const Tokens<T>& tokens, const BackwardState<T>& state, const T* da,
                       const T* da_hidden, const Parallel& parallel) {
   const int64_t width = 4 * a.H, N = tokens.count();
-  gemm<Op>(width, a.I, N, transposed(da, width), row_major(tokens.input(), a.I), a.grad_weight_ih, a.I, false,
-           parallel);
+  gemm<Operand>(width, a.I, N, transposed(da, width), row_major(tokens.input(), a.I), a.grad_weight_ih, a.I, false,
+                parallel);
   bool accumulate = false;
   tokens.for_hidden([&](int64_t first, int64_t count, const T* h) {
-    gemm<Op>(width, a.P, count, transposed(da_hidden + first * width, width), row_major(h, a.P), a.grad_weight_hh, a.P,
-             accumulate, parallel);
+    gemm<Operand>(width, a.P, count, transposed(da_hidden + first * width, width), row_major(h, a.P), a.grad_weight_hh,
+                  a.P, accumulate, parallel);
     accumulate = true;
   });
   if (a.variant.weight_hr != nullptr) {
-    gemm<Op>(a.P, a.H, N, transposed(state.grad_projected, a.P), row_major(state.unprojected, a.H), a.grad_weight_hr,
-             a.H, false, parallel);
+    gemm<Operand>(a.P, a.H, N, transposed(state.grad_projected, a.P), row_major(state.unprojected, a.H),
+                  a.grad_weight_hr, a.H, false, parallel);
   }
 }
 

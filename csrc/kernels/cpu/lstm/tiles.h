@@ -42,65 +42,67 @@ Word* in_tiles(Word* tiles, int64_t row, int64_t k, int64_t M, int64_t words) {
 }
 
 // `count` elements into a row of the tiles, from word k on.
-template <class Op, int64_t kRows>
-void fill_row(const typename Op::Storage* from, int64_t count, int64_t row, int64_t k, int64_t M, int64_t words,
-              Word<Op>* tiles) {
+template <class Operand, int64_t kRows>
+void fill_row(const typename Operand::Storage* from, int64_t count, int64_t row, int64_t k, int64_t M, int64_t words,
+              Word<Operand>* tiles) {
   const int64_t height = tile_height<kRows>(row, M);
-  Word<Op>* to = in_tiles<kRows>(tiles, row, k, M, words);
-  for (int64_t i = 0; i < count; i += Op::kTerms, to += height) *to = Op::word(from + i, count - i);
+  Word<Operand>* to = in_tiles<kRows>(tiles, row, k, M, words);
+  for (int64_t i = 0; i < count; i += Operand::kTerms, to += height) *to = Operand::word(from + i, count - i);
 }
 
 // One vector of a row into the tiles, as its storage rounds it.
-template <class Op, int64_t kRows>
-void scatter(Vec<Sum<Op>> values, int64_t count, Word<Op>* tiles, int64_t row, int64_t k, int64_t M, int64_t words) {
-  typename Op::Storage lane[kUnits<Sum<Op>>];
+template <class Operand, int64_t kRows>
+void scatter(Vec<Sum<Operand>> values, int64_t count, Word<Operand>* tiles, int64_t row, int64_t k, int64_t M,
+             int64_t words) {
+  typename Operand::Storage lane[kUnits<Sum<Operand>>];
   store_narrow(lane, values);
-  fill_row<Op, kRows>(lane, count, row, k, M, words, tiles);
+  fill_row<Operand, kRows>(lane, count, row, k, M, words, tiles);
 }
 
 // `count` rows, `stride` apart, of a panel's K elements into the tile of that height, whose words for them begin at
 // `to`; rows that there are not read as zero. As a transposed square where one will do: what is too much of a word is
 // overwritten by the next ones, as long as there are any.
-template <class Op>
-void fill_tile(const typename Op::Storage* rows, int64_t stride, int64_t K, int64_t count, int64_t height,
-               Word<Op>* to) {
-  constexpr int64_t lanes = kLanes<Word<Op>>;
+template <class Operand>
+void fill_tile(const typename Operand::Storage* rows, int64_t stride, int64_t K, int64_t count, int64_t height,
+               Word<Operand>* to) {
+  constexpr int64_t lanes = kLanes<Word<Operand>>;
   constexpr int64_t kWorthIt = 4;  // rows
-  if (words_of<Op>(K) == lanes && K % Op::kTerms == 0 && height <= lanes && count >= kWorthIt) {
-    Vec<Word<Op>> square[lanes];
-    for (int64_t i = 0; i < lanes; ++i) square[i] = i < count ? Op::words(rows + i * stride) : Vec<Word<Op>>{};
-    transpose<Word<Op>>(square);
+  if (words_of<Operand>(K) == lanes && K % Operand::kTerms == 0 && height <= lanes && count >= kWorthIt) {
+    Vec<Word<Operand>> square[lanes];
+    for (int64_t i = 0; i < lanes; ++i)
+      square[i] = i < count ? Operand::words(rows + i * stride) : Vec<Word<Operand>>{};
+    transpose<Word<Operand>>(square);
     for (int64_t k = 0; k < lanes; ++k) {
       store(to + k * height, square[k], k * height + lanes <= lanes * height ? lanes : height);
     }
     return;
   }
-  for (int64_t k = 0; k < K; k += Op::kTerms, to += height) {
-    for (int64_t i = 0; i < count; ++i) to[i] = Op::word(rows + i * stride + k, K - k);
+  for (int64_t k = 0; k < K; k += Operand::kTerms, to += height) {
+    for (int64_t i = 0; i < count; ++i) to[i] = Operand::word(rows + i * stride + k, K - k);
   }
 }
 
 // ---- products
 
-template <class Op, int rows, int columns, bool half>
-void multiply_rows(int64_t height, int64_t K, const Word<Op>* tile, const Word<Op>* panel, Sum<Op>* c,
+template <class Operand, int rows, int columns, bool half>
+void multiply_rows(int64_t height, int64_t K, const Word<Operand>* tile, const Word<Operand>* panel, Sum<Operand>* c,
                    bool accumulate) {
   // The part of the panel that comes next is still in the last-level cache. Fetched ahead, many rows take a tenth less;
   // a row or two wait for memory alone, which streams fastest when nobody asks for a line twice.
   constexpr int64_t ahead = rows > 2 ? kPanelBytes : 0;
   if constexpr (rows > 0) {
-    constexpr int64_t width = columns * kLanes<Sum<Op>>;
+    constexpr int64_t width = columns * kLanes<Sum<Operand>>;
     if (height == rows) {
-      return multiply_whole<Op, rows, columns, ahead, width, half>(K, tile, panel, c, width, accumulate);
+      return multiply_whole<Operand, rows, columns, ahead, width, half>(K, tile, panel, c, width, accumulate);
     }
-    multiply_rows<Op, rows - 1, columns, half>(height, K, tile, panel, c, accumulate);
+    multiply_rows<Operand, rows - 1, columns, half>(height, K, tile, panel, c, accumulate);
   }
 }
 
 // Words of a panel that are multiplied by all rows before the next ones: as many as fit, and as few as keep the sums as
 // accurate as torch's, which adds over several accumulators.
 constexpr int64_t kLongestChain = 128;
-template <class Op, int columns>
+template <class Operand, int columns>
 constexpr int64_t kBlockWords = [] {
   constexpr int64_t fitting = kPanelBytes / static_cast<int64_t>(columns * kVectorBytes);
   return fitting < kLongestChain ? fitting : kLongestChain;
@@ -109,31 +111,31 @@ constexpr int64_t kBlockWords = [] {
 // c[M, columns * lanes] for M rows in tiles, a block of words after the other: the part of the panel that belongs to
 // it, block(k, n) for n words from k on, stays in the first-level cache while the tiles pass by, and no chain of
 // float32 additions is thousands long. The order of the sum is that of k, whatever M.
-template <class Op, int64_t kRows, int columns, bool half, class Block>
-void multiply_blocks(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tiles, const Block& block,
-                     Sum<Op>* c, bool accumulate) {
-  constexpr int64_t width = columns * kLanes<Sum<Op>>, depth = kBlockWords<Op, columns>;
-  if (words == 0 && !accumulate) memset(c, 0, static_cast<size_t>(M * width) * sizeof(Sum<Op>));
+template <class Operand, int64_t kRows, int columns, bool half, class Block>
+void multiply_blocks(int64_t M, int64_t total_rows, int64_t words, const Word<Operand>* tiles, const Block& block,
+                     Sum<Operand>* c, bool accumulate) {
+  constexpr int64_t width = columns * kLanes<Sum<Operand>>, depth = kBlockWords<Operand, columns>;
+  if (words == 0 && !accumulate) memset(c, 0, static_cast<size_t>(M * width) * sizeof(Sum<Operand>));
   for (int64_t k = 0; k < words; k += depth) {
     const int64_t n = words - k < depth ? words - k : depth;
-    const Word<Op>* const panel = block(k, n);
+    const Word<Operand>* const panel = block(k, n);
     for (int64_t row = 0; row < M; row += kRows) {
       const int64_t height = tile_height<kRows>(row, total_rows);
-      multiply_rows<Op, kRows, columns, half>(height, n, tiles + row * words + k * height, panel, c + row * width,
-                                              accumulate || k > 0);
+      multiply_rows<Operand, kRows, columns, half>(height, n, tiles + row * words + k * height, panel, c + row * width,
+                                                   accumulate || k > 0);
     }
   }
 }
 
 // The same for a panel of `units` units, which may need but half of each vector.
-template <class Op, int64_t kRows, int columns, class Block>
-void multiply(int64_t M, int64_t total_rows, int64_t words, const Word<Op>* tiles, const Block& block, int64_t units,
-              Sum<Op>* c, bool accumulate) {
-  constexpr bool kHalves = sizeof(typename HalfOf<Sum<Op>>::type) < kVectorBytes;
-  if (kHalves && 2 * units <= kUnits<Sum<Op>>) {
-    multiply_blocks<Op, kRows, columns, kHalves>(M, total_rows, words, tiles, block, c, accumulate);
+template <class Operand, int64_t kRows, int columns, class Block>
+void multiply(int64_t M, int64_t total_rows, int64_t words, const Word<Operand>* tiles, const Block& block,
+              int64_t units, Sum<Operand>* c, bool accumulate) {
+  constexpr bool kHalves = sizeof(typename HalfOf<Sum<Operand>>::type) < kVectorBytes;
+  if (kHalves && 2 * units <= kUnits<Sum<Operand>>) {
+    multiply_blocks<Operand, kRows, columns, kHalves>(M, total_rows, words, tiles, block, c, accumulate);
   } else {
-    multiply_blocks<Op, kRows, columns, false>(M, total_rows, words, tiles, block, c, accumulate);
+    multiply_blocks<Operand, kRows, columns, false>(M, total_rows, words, tiles, block, c, accumulate);
   }
 }
 
