@@ -28,6 +28,10 @@ def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
 
 def plain_number(value: Any) -> Any:
     """The Python number in a numpy scalar, or in an array or a tensor without dimensions; anything else as it is."""
+    if (
+        type(value) is int or type(value) is float
+    ):  # the compiler's too, which have no shape to ask for
+        return value
     return value.item() if getattr(value, "shape", None) == () else value
 
 

@@ -70,9 +70,9 @@ def _lstm_step(given: Any, _: Any) -> int:
 
 
 @_formula(_ops.lstm_step_backward)
-def _lstm_step_backward(given: Any, results: Any) -> int:
-    (B, I), (_, H) = results.grad_input, given.c_0  # noqa: E741
-    return _product(B, 4 * H, I + H)
+def _lstm_step_backward(given: Any, _: Any) -> int:
+    (B, H), (_, I) = given.c_0, given.weight_ih  # noqa: E741
+    return _product(B, 4 * H, H + I)
 
 
 @_formula(_ops.lstm_weight_gradients)

@@ -183,6 +183,21 @@ def test_a_gradient_of_a_dual_number(name):
         assert_close(got, truth)
 
 
+def test_a_gradient_of_a_dual_number_through_a_loop_over_a_cell():
+    cell = llmkern.nn.LSTMCell(I, H, dtype=torch.float64)
+    x = torch.randn(B, I, dtype=torch.float64, requires_grad=True)
+    output = cell(x, cell(x))[0]
+    wanted = [x, *cell.parameters()]
+    upstream, along = torch.randn_like(output), torch.randn_like(output)
+    expected = torch.autograd.grad(output, wanted, along, retain_graph=True)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(upstream, along)
+        grads = torch.autograd.grad(output, wanted, dual)
+        tangents = [forward_ad.unpack_dual(g).tangent for g in grads]
+    for got, truth in zip(tangents, expected, strict=True):
+        assert_close(got, truth)
+
+
 @pytest.mark.parametrize("name", ["plain", "together", "loss"])
 def test_jvp_of_a_vjp(name):
     """A pullback within a transform that began when the pullback's own had ended."""

@@ -91,7 +91,7 @@ def test_equals_reference_and_torch(on_isas, shape, option, reduction, dtype):
             assert_close(ours, torchs)
 
 
-@pytest.mark.parametrize(("D", "scale"), [(30, 1.0), (200, 0.07)])
+@pytest.mark.parametrize(("D", "scale"), [(30, 0.3), (200, 0.07)])
 def test_float32_is_as_accurate_as_torch(isa, D, scale):
     tensors = {"input": torch.randn(50, D), "linear_weight": torch.randn(1003, D) * scale}
     tensors["target"] = torch.randn(50, 1003).softmax(-1)

@@ -186,6 +186,21 @@ def test_forward_mode(locked):
     assert torch.allclose(torch.func.grad(loss)(x), slope)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_compiled_transforms():
+    x, seed = torch.randn(3, 4), torch.tensor(6)
+    loss = lambda x: dropout(x, 0.5, seed=seed).square().sum()  # noqa: E731
+    transforms = (
+        torch.func.grad(loss),
+        lambda x: torch.func.jvp(loss, (x,), (x.cos(),))[1],
+        lambda x: torch.vmap(torch.func.grad(loss))(torch.stack([x, x.sin()])),
+    )
+    for f in transforms:
+        expected = f(x)
+        assert expected.abs().max() > 0
+        assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), expected)
+
+
 def test_compile_draws_anew_without_recompiling():
     calls = []
 

@@ -313,6 +313,45 @@ def test_loss_over_several_chunks():
         assert_close(got, expected, 1e-10)
 
 
+@pytest.mark.parametrize("wanted", [{0}, {1}, {2}, {0, 2}], ids=str)
+def test_loss_computes_the_gradients_that_are_wanted(wanted):
+    tensors = [leaf(6, 4), leaf(9, 4), leaf(9)]
+    target = torch.tensor([0, 8, -100, 3, 3, 5])
+    for i, tensor in enumerate(tensors):
+        tensor.requires_grad_(i in wanted)
+    leaves = [tensors[i] for i in sorted(wanted)]
+    x, w, b = tensors
+    ours = llmkern.ops.linear_cross_entropy(x, w, target, linear_bias=b)
+    theirs = F.cross_entropy(F.linear(x, w, b), target)
+    for got, expected in zip(
+        torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True
+    ):
+        assert_close(got, expected)
+    saved = torch.ops.llmkern.linear_cross_entropy(x, w, b, target, None, 1, -100, 0.0, True)
+    grads = torch.ops.llmkern.linear_cross_entropy_backward(
+        torch.ones_like(ours),
+        x,
+        w,
+        b,
+        target,
+        None,
+        *saved[1:3],
+        1,
+        -100,
+        0.0,
+        *[i in wanted for i in range(4)],
+    )
+    assert [g.numel() for g in grads] == [
+        t.numel() if i in wanted else 0 for i, t in enumerate(tensors)
+    ] + [0]
+
+
+def test_probabilities_have_no_kernel():
+    x, w, target = leaf(6, 4), leaf(9, 4), torch.rand(6, 9, dtype=torch.float64)
+    with pytest.raises(ValueError, match="expected classes on CUDA, got probabilities"):
+        torch.ops.llmkern.linear_cross_entropy(x, w, None, target, None, 1, -100, 0.0)
+
+
 def test_loss_of_nothing():
     x, w = leaf(0, 4), leaf(9, 4)
     loss = llmkern.ops.linear_cross_entropy(

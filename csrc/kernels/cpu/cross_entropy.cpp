@@ -95,10 +95,11 @@ struct Problem {
   bool counts(int64_t n) const { return a.probabilities != nullptr || a.target[n] != a.ignore_index; }
   double hard_weight(int64_t n) const { return (1 - smoothing) * weight_of(a.class_weight, a.target[n]); }
   Vec<S> weights(int64_t v, int64_t count) const { return weights_of(a.class_weight, v, count); }
-  // w_v t_nv with given probabilities.
-  Vec<S> weighted_targets(int64_t n, int64_t v, int64_t count) const {
+  // scale w_v t_nv with given probabilities.
+  Vec<S> weighted_targets(int64_t n, int64_t v, int64_t count, double scale = 1) const {
     const Vec<S> p = load(a.probabilities + n * a.V + v, count);
-    const Vec<S> t = fma(p, broadcast(static_cast<S>(1 - smoothing)), broadcast(static_cast<S>(share)));
+    const Vec<S> t =
+        fma(p, broadcast(static_cast<S>(scale * (1 - smoothing))), broadcast(static_cast<S>(scale * share)));
     return keep_first<S>(a.class_weight == nullptr ? t : t * weights(v, count), count);
   }
 
@@ -165,7 +166,7 @@ void Problem<T>::gradient(int64_t n, double scale, double lse, const T* bias, co
     const double all = blocked_sum<S>(a.V, [&](int64_t v, int64_t count) { return weighted_targets(n, v, count); });
     const Vec<S> probability_scale = broadcast(static_cast<S>(scale * all));
     for_lanes<S>(0, a.V, [&](int64_t v, int64_t count) {
-      const Vec<S> target = static_cast<S>(scale) * weighted_targets(n, v, count);
+      const Vec<S> target = weighted_targets(n, v, count, scale);
       store_narrow(to + v, fma(level.probabilities(biased(v, count)), probability_scale, -target), count);
     });
     return;

@@ -116,8 +116,8 @@ void run_forward(const LstmForward<T>& a, const LayerWeights<Op>& weights, Sum<O
   using S = Sum<Op>;
   using Projection = typename Op::Projection;
   const bool projects = a.variant.weight_hr != nullptr;
-  const int64_t rows = schedule.rows(), shared = rows * round_up(a.P, Op::kTerms);
-  const auto [before, after] = carve<typename Op::Shared>(Slot::kLstmHidden, {shared, shared});
+  const int64_t rows = schedule.rows(), handed = rows * round_up(a.P, Op::kTerms);
+  const auto [before, after] = carve<typename Op::Handed>(Slot::kLstmHidden, {handed, handed});
   const auto [packed_hr, unprojected] = carve<Word<Projection>>(
       Slot::kLstmProjection, {projects ? panels_of<S>(a.P) * words_of<Projection>(a.H) * kUnits<S> : 0,
                               projects ? rows * words_of<Projection>(a.H) : 0});
@@ -126,8 +126,8 @@ void run_forward(const LstmForward<T>& a, const LayerWeights<Op>& weights, Sum<O
   const auto [of_inputs, of_hidden, of_cells] = carve<S>(Slot::kLstmMoments, {together * pairs, pairs, pairs});
   if (projects) pack_rows<Projection>(a.variant.weight_hr, a.P, a.H, packed_hr);
   if (schedule.ragged()) {  // tiles are multiplied whole
-    copy_or_zero<typename Op::Shared>(before, nullptr, shared);
-    copy_or_zero<typename Op::Shared>(after, nullptr, shared);
+    copy_or_zero<typename Op::Handed>(before, nullptr, handed);
+    copy_or_zero<typename Op::Handed>(after, nullptr, handed);
     if (projects) clear_tiles<Projection>(unprojected, rows, a.H);
   }
   const Forward<Op> layer = {a,

@@ -19,7 +19,7 @@ struct Wide {
   using Storage = T;
   using Sum = Widened<T>;
   using Word = Sum;
-  using Shared = Word;      // what workers hand one another: lstm/tiles.h
+  using Handed = Word;      // what workers hand one another: lstm/tiles.h
   using Projection = Wide;  // what multiplies by W_hr
   static constexpr int kTerms = 1;
 
@@ -54,7 +54,7 @@ struct Bf16Pairs {
   using Storage = bfloat16;
   using Sum = float;
   using Word = int32_t;
-  using Shared = Word;
+  using Handed = Word;
   using Projection = Bf16Pairs;
   static constexpr int kTerms = 2;
 

@@ -103,7 +103,7 @@ inline Vec<Widened<T>> load_wide_parts(const T* from, int64_t stride) {
   } else {
 #if defined(__AVX2__)
     const auto pair = [&](const T* low, const T* high) {
-      const __m128d lower = _mm_load_sd(reinterpret_cast<const double*>(low));
+      const __m128d lower = _mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)));
       return _mm_castpd_si128(_mm_loadh_pd(lower, reinterpret_cast<const double*>(high)));
     };
     HalfVec bits;

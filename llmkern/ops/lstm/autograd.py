@@ -48,7 +48,7 @@ def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
     upstream = dict(zip(UPSTREAM, grads, strict=False))
     weights, need_input = not wanted.isdisjoint(PARAMETERS), "input" in wanted
     call = Backward(**upstream, **kept, **ctx.options, weights=weights, need_input=need_input)
-    results = _run_backward(call)
+    results = run_backward(call)
     found = {
         name: getattr(results, f"grad_{name}")
         for name in wanted
@@ -202,7 +202,8 @@ def run(call: Forward) -> ForwardResults:
         return ForwardResults(*torch.ops.llmkern.lstm.default(*call))
 
 
-def _run_backward(call: Backward) -> BackwardResults:
+def run_backward(call: Backward) -> BackwardResults:
+    """llmkern::lstm_backward, or what has its derivatives where these are taken."""
     if in_forward_mode():
         return _composite_backward(call)
     if torch._C._are_functorch_transforms_active():

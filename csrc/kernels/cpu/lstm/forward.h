@@ -23,13 +23,13 @@ template <class Op>
 struct Forward {
   using T = typename Op::Storage;
   using S = Sum<Op>;
-  using Shared = typename Op::Shared;
+  using Handed = typename Op::Handed;
   using Projection = typename Op::Projection;
 
   const LstmForward<T>& a;
   const Schedule& schedule;
   LayerWeights<Op> weights;
-  Shared* hidden[2];                    // [B, P]: h of the step before, and of this step
+  Handed* hidden[2];                    // [B, P]: h of the step before, and of this step
   const Word<Projection>* packed_hr;    // [panels of P][words of H][kUnits]
   Word<Projection>* unprojected_tiles;  // [B, H]: o * tanh(c) of this step
   S* cell;                              // [B, H]: the running c
@@ -85,22 +85,22 @@ struct Forward {
 
   void run(const Share& share) const;
   Work work(const Share& share) const;
-  void begin_rows(const Work& work, int64_t step, Shared* to) const;
+  void begin_rows(const Work& work, int64_t step, Handed* to) const;
   void multiply_inputs(const Work& work, int64_t step, int64_t steps) const;
   void normalize_inputs(const Work& work, int64_t step, int64_t steps) const;
   void run_step(const Work& work, int64_t step) const;
   void run_normalized_step(const Work& work, int64_t step) const;
   void normalize_row(const Work& work, int64_t t, int64_t i, int64_t input_row) const;
-  void finish_normalized(const Work& work, int64_t panel, int64_t t, Shared* after) const;
-  void project(const Work& work, int64_t t, Shared* after) const;
+  void finish_normalized(const Work& work, int64_t panel, int64_t t, Handed* after) const;
+  void project(const Work& work, int64_t t, Handed* after) const;
   void fetch(int64_t panel, int64_t t, int64_t i) const;
   Units units(int64_t panel) const;
   Unit activate(const Work& work, const Units& units, int64_t i, int64_t t, const S* sums, const S* more) const;
-  void finish(const Work& work, int64_t panel, int64_t t, const S* inputs, const S* products, Shared* after) const;
-  void emit(const Work& work, int64_t panel, int64_t t, int64_t i, const Vec<S>* outputs, Shared* after) const;
+  void finish(const Work& work, int64_t panel, int64_t t, const S* inputs, const S* products, Handed* after) const;
+  void emit(const Work& work, int64_t panel, int64_t t, int64_t i, const Vec<S>* outputs, Handed* after) const;
   void emit_unprojected(int64_t panel, int64_t first, int64_t count, const Vec<S>* outputs) const;
   void emit_hidden(const Work& work, int64_t panel, int64_t t, int64_t first, int64_t count, const Vec<S>* outputs,
-                   Shared* after) const;
+                   Handed* after) const;
   Vec<S> zone_out(const Work& work, int64_t panel, int64_t t, int64_t i, Vec<S> h) const;
 };
 
@@ -126,7 +126,7 @@ typename Forward<Op>::Work Forward<Op>::work(const Share& share) const {
 
 // h_0 of the rows whose first step this is, the share's columns.
 template <class Op>
-void Forward<Op>::begin_rows(const Work& work, int64_t step, Shared* to) const {
+void Forward<Op>::begin_rows(const Work& work, int64_t step, Handed* to) const {
   const Share share = projected<S>(work.share, a.H, a.P);
   const int64_t t = schedule.time(step);
   const T zeros[kUnits<S>] = {};
@@ -135,7 +135,7 @@ void Forward<Op>::begin_rows(const Work& work, int64_t step, Shared* to) const {
     const bool reset = resets(a.variant, t, row, a.B);
     for (int64_t p = share.begin; p < share.end; ++p) {
       const T* from = reset ? zeros : a.h_0 + row * a.P + p * kUnits<S>;
-      Gates<Op>::share(from, units_of<S>(p, a.P), i, p * kUnits<S>, schedule.rows(), a.P, to);
+      Gates<Op>::hand_over(from, units_of<S>(p, a.P), i, p * kUnits<S>, schedule.rows(), a.P, to);
     }
   }
 }
@@ -230,7 +230,7 @@ template <class Op>
 // A panel's part of a step, after its products.
 template <class Op>
 void Forward<Op>::finish(const Work& work, int64_t panel, int64_t t, const S* inputs, const S* products,
-                         Shared* after) const {
+                         Handed* after) const {
   const Units those = units(panel);
   const int64_t active = schedule.active(t);
   Vec<S> outputs[kForwardRows];
@@ -245,7 +245,7 @@ void Forward<Op>::finish(const Work& work, int64_t panel, int64_t t, const S* in
 // o * tanh(c) of a row and panel is outputs[i % kForwardRows]: with the last row of a tile, all of them go on.
 template <class Op>
 [[gnu::always_inline]] inline void Forward<Op>::emit(const Work& work, int64_t panel, int64_t t, int64_t i,
-                                                     const Vec<S>* outputs, Shared* after) const {
+                                                     const Vec<S>* outputs, Handed* after) const {
   const int64_t first = i / kForwardRows * kForwardRows, count = i + 1 - first;
   if (count < kForwardRows && i + 1 < schedule.active(t)) return;
   if (projects()) {
@@ -268,7 +268,7 @@ void Forward<Op>::emit_unprojected(int64_t panel, int64_t first, int64_t count, 
 // A panel of h of the rows of one tile: to the output, and to what the next step reads.
 template <class Op>
 void Forward<Op>::emit_hidden(const Work& work, int64_t panel, int64_t t, int64_t first, int64_t count,
-                              const Vec<S>* outputs, Shared* after) const {
+                              const Vec<S>* outputs, Handed* after) const {
   const int64_t P = a.P, column = panel * kUnits<S>, n = units_of<S>(panel, P), next = schedule.time_after(t);
   const int64_t go_on = schedule.active(next) - first;
   T carried[kForwardRows * kUnits<S>];
@@ -283,7 +283,7 @@ void Forward<Op>::emit_hidden(const Work& work, int64_t panel, int64_t t, int64_
     }
   }
   if (go_on > 0)
-    Gates<Op>::share_tile(carried, n, first, go_on < count ? go_on : count, column, schedule.rows(), P, after);
+    Gates<Op>::hand_over_tile(carried, n, first, go_on < count ? go_on : count, column, schedule.rows(), P, after);
 }
 
 // h, or what zoneout keeps of the step before.
@@ -360,7 +360,7 @@ void Forward<Op>::normalize_row(const Work& work, int64_t t, int64_t i, int64_t 
 
 // The rest of a panel's step, once all cells are there.
 template <class Op>
-void Forward<Op>::finish_normalized(const Work& work, int64_t panel, int64_t t, Shared* after) const {
+void Forward<Op>::finish_normalized(const Work& work, int64_t panel, int64_t t, Handed* after) const {
   const int64_t n = units_of<S>(panel, a.H);
   const T* of_panel = a.variant.norm_cell + panel * kUnits<S>;
   const Vec<S> gain = load_wide(of_panel, n), offset = load_wide(of_panel + a.H, n);
@@ -375,7 +375,7 @@ void Forward<Op>::finish_normalized(const Work& work, int64_t panel, int64_t t, 
 
 // h = W_hr (o * tanh(c)), the share's panels of h.
 template <class Op>
-void Forward<Op>::project(const Work& work, int64_t t, Shared* after) const {
+void Forward<Op>::project(const Work& work, int64_t t, Handed* after) const {
   const Share share = projected<S>(work.share, a.H, a.P);
   const int64_t active = schedule.active(t), words = words_of<Projection>(a.H);
   for (int64_t p = share.begin; p < share.end; ++p) {

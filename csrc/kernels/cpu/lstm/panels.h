@@ -116,10 +116,8 @@ struct GatesInPlace {
   }
 };
 
-// Rows of which each weight is multiplied as soon as it has been read: for more the registers do not suffice.
-constexpr int64_t kRowsInRegisters = 2;
-
-// c[rows, kGatesWidth] of one tile of so many rows by a whole panel where it lies  (+ c).
+// c[rows, kGatesWidth] of one tile of so many rows by a whole panel where it lies  (+ c): each weight is multiplied as
+// soon as it has been read. For more than two rows the registers do not suffice.
 template <class Op, int rows>
 void multiply_gates_in_registers(int64_t K, const Word<Op>* tile, const GatePanel<Op>& panel, Sum<Op>* c,
                                  bool accumulate) {
@@ -187,18 +185,18 @@ struct Gates {
   static void fill(const Storage* from, int64_t row, int64_t M, int64_t K, Word<Op>* tiles) {
     fill_row<Op, kForwardRows>(from, K, row, 0, M, words_of<Op>(K), tiles);
   }
-  // `count` elements of a row, from k on, into what workers share of a step, and the tiles of all that they shared.
-  static void share(const Storage* from, int64_t count, int64_t row, int64_t k, int64_t M, int64_t K,
-                    Word<Op>* shared) {
-    fill_row<Op, kForwardRows>(from, count, row, k / Op::kTerms, M, words_of<Op>(K), shared);
+  // `count` elements of a row, from k on, into what workers hand one another for a step, and the tiles of all of it.
+  static void hand_over(const Storage* from, int64_t count, int64_t row, int64_t k, int64_t M, int64_t K,
+                        Word<Op>* handed) {
+    fill_row<Op, kForwardRows>(from, count, row, k / Op::kTerms, M, words_of<Op>(K), handed);
   }
   // The same of the first `count` rows of a tile, kUnits apart.
-  static void share_tile(const Storage* rows, int64_t width, int64_t first, int64_t count, int64_t k, int64_t M,
-                         int64_t K, Word<Op>* shared) {
+  static void hand_over_tile(const Storage* rows, int64_t width, int64_t first, int64_t count, int64_t k, int64_t M,
+                             int64_t K, Word<Op>* handed) {
     fill_tile<Op>(rows, kUnits<Sum<Op>>, width, count, tile_height<kForwardRows>(first, M),
-                  in_tiles<kForwardRows>(shared, first, k / Op::kTerms, M, words_of<Op>(K)));
+                  in_tiles<kForwardRows>(handed, first, k / Op::kTerms, M, words_of<Op>(K)));
   }
-  static const Word<Op>* tiles(const Word<Op>* shared, int64_t, int64_t) { return shared; }
+  static const Word<Op>* tiles(const Word<Op>* handed, int64_t, int64_t) { return handed; }
 
   // c[M, kGatesWidth] of a panel of `units` units  (+ c); the tiles are those of total_rows.
   static void multiply(int64_t M, int64_t total_rows, int64_t K, const Word<Op>* tiles, const GatePanel<Op>& panel,
