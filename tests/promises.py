@@ -357,7 +357,11 @@ def follows_autocast(op: Op, device: Device) -> None:
     arguments = moved(op.arguments, device, torch.float32)
     exact = results(op.twin, arguments)
     with torch.autocast(torch.device(device).type, torch.bfloat16):
-        ours, theirs = results(op.forward, arguments), results(op.twin, arguments)
+        ours = results(op.forward, arguments)
+        try:
+            theirs = results(op.twin, arguments)
+        except RuntimeError as error:  # nn.LSTM in bfloat16 needs AVX-512 on a CPU
+            pytest.skip(f"torch has nothing to compare with here: {error}")
     assert [t.dtype for t in ours] == [t.dtype for t in theirs]
     assert_all_close(ours, exact, 0.1)
 
