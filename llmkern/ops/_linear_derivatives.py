@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -27,6 +26,7 @@ class _Modes(NamedTuple):
 def register(
     operator: torch._ops.OpOverload,
     *,
+    linear_in: int,
     setup_context: Callable[..., None],
     backward: Callable[..., tuple[Any, ...]],
     jvp: Callable[..., Any],
@@ -36,6 +36,7 @@ def register(
 
     Args:
         operator: an overload without keyword-only arguments.
+        linear_in: the place of the argument that it has derivatives by.
         setup_context, backward, jvp: those of torch.autograd.Function. The gradients may end with that of the last
             tensor. All of them call operators that are differentiable the same way.
         vmap: as for torch.library.register_vmap.
@@ -55,31 +56,30 @@ def register(
     members = {name: staticmethod(rule) for name, rule in rules.items()}
     function: Any = type(f"{operator._opname}_derivatives", (_SingleLevelFunction,), members)
 
+    # A call takes a few microseconds, and looking up a name in a module a twentieth of one.
+    transforms_active = torch._C._are_functorch_transforms_active
+    is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
+    dispatch_modes, unpack_dual = torch._C._len_torch_dispatch_stack, torch._VF._unpack_dual
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+
     def differentiable(*args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             modes = _Modes(torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
             # One level of transforms at a time, as for torch's own operators: the call below reaches the next one.
             with enable_single_level_autograd_function():
                 return function.apply(*args, modes)
-        if _is_recorded(args):
+        if (
+            (is_grad_enabled() and any_requires_grad(*args))
+            # A tracer: what it would record of the question after this one does not belong to its graph.
+            or dispatch_modes()
+            or unpack_dual(args[linear_in], level=0)[1] is not None
+        ):
             return function.apply(*args, None)
-        return _below_autograd(operator, args, None)
+        with below_autograd():
+            return operator(*args)
 
     _LIBRARY.impl(operator._opname, differentiable, "Autograd")
     torch.library.register_vmap(operator, vmap)
-
-
-def _is_recorded(args: tuple[Any, ...]) -> bool:
-    """Whether there is somebody to tell of derivatives, outside of torch.func."""
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return True
-    if torch._C._len_torch_dispatch_stack():
-        return True  # a tracer: what it would record of the question below does not belong to its graph
-    return any(
-        torch._VF._unpack_dual(arg, level=0)[1] is not None
-        for arg in args
-        if isinstance(arg, Tensor) and arg.is_floating_point()
-    )
 
 
 def _below_autograd(operator: Any, args: Any, modes: _Modes | None) -> Any:

@@ -98,5 +98,10 @@ def _vmap(info, in_dims, x: Tensor, seed: Tensor, *options):  # type: ignore[no-
 
 
 _linear_derivatives.register(
-    _OPERATOR, setup_context=_save_for_backward, backward=_backward, jvp=_jvp, vmap=_vmap
+    _OPERATOR,
+    linear_in=0,
+    setup_context=_save_for_backward,
+    backward=_backward,
+    jvp=_jvp,
+    vmap=_vmap,
 )

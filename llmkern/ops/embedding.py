@@ -152,10 +152,11 @@ def _backward_vmap(  # type: ignore[no-untyped-def]
 
 
 _linear_derivatives.register(
-    _GATHER, setup_context=_save_for_backward, backward=_backward, jvp=_jvp, vmap=_vmap
+    _GATHER, linear_in=1, setup_context=_save_for_backward, backward=_backward, jvp=_jvp, vmap=_vmap
 )
 _linear_derivatives.register(
     _SCATTER,
+    linear_in=0,
     setup_context=_save_for_double_backward,
     backward=_double_backward,
     jvp=_backward_jvp,
