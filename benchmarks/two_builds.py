@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +29,18 @@ def decode(kind: str, H: int, B: int, dtype: str, T: int = 1) -> Step:
 
     import llmkern
 
-    module = "nn.LSTM" if kind == "nn.LSTM" else "LSTM"
     layer = (torch.nn if kind == "nn.LSTM" else llmkern.nn).LSTM(H, H, dtype=getattr(torch, dtype))
     x = torch.randn(T, B, H).to(layer.weight_hh_l0.dtype)
     state = torch.zeros(1, B, H).to(x), torch.zeros(1, B, H).to(x)
-    # Before there were snapshots, every module kept one.
-    snapshot = getattr(llmkern.nn, "snapshot_weights", nullcontext)
-    held = snapshot(layer) if kind == "snapshot" else nullcontext()
-    held.__enter__()
-    assert module and layer is not None
+    if kind == "snapshot" and hasattr(
+        llmkern.nn, "snapshot_weights"
+    ):  # before there were any, each module kept one
+        snapshot = llmkern.nn.snapshot_weights(layer)
+        snapshot.__enter__()
 
     def run() -> object:
         with torch.no_grad():
-            return layer(x, state), held
+            return layer(x, state)
 
     return run
 
@@ -147,6 +145,13 @@ def compare(before: Build, after: Build, family: str, *sizes: Any) -> dict[str, 
     return result
 
 
+def _cpu() -> str:
+    """The processor by the name that Linux gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("before")
@@ -156,7 +161,9 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
-    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    import llmkern
+
+    machine = {"torch": torch.__version__, **llmkern.info(), "cpu": _cpu()}
     before, after = Build(arguments.before), Build(arguments.after)
     results = []
     for family, H, B, dtype, T in CASES:

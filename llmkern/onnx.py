@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export to ONNX: every LSTM layer becomes the standard's own LSTM node, which runs wherever ONNX does.
+"""Export to ONNX: LSTM layers and embeddings become the standard's own LSTM and Gather, which run wherever ONNX does.
 
     program = torch.onnx.export(
         model, (x,), dynamo=True, custom_translation_table=llmkern.onnx.translation_table()
@@ -22,7 +22,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     :class:`llmkern.nn.LSTM` and :class:`llmkern.nn.LSTMCell` are translated with any number of layers, both directions,
     with or without biases, initial states, sequences of different lengths (``lengths`` becomes ``sequence_lens``), and
-    dynamic T and B.
+    dynamic T and B; :class:`llmkern.nn.Embedding` with any options, as they matter to its gradient alone. So a whole
+    :class:`llmkern.models.LanguageModel` can be exported too.
 
     Raises, during the export:
         NotImplementedError: projections, layer norm, zoneout, resets or the cell states of all steps, which the LSTM of
@@ -34,7 +35,18 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         >>> table = llmkern.onnx.translation_table()
         >>> torch.onnx.export(lstm, (x,), "lstm.onnx", dynamo=True, custom_translation_table=table)
     """
-    return {torch.ops.llmkern.lstm.default: _lstm}
+    return {
+        torch.ops.llmkern.lstm.default: _lstm,
+        torch.ops.llmkern.embedding.default: _embedding,
+    }
+
+
+def _embedding(
+    ids: Any, weight: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False
+) -> Any:
+    from onnxscript import opset18
+
+    return opset18.Gather(weight, ids, axis=0)
 
 
 def _lstm(

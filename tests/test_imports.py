@@ -91,7 +91,6 @@ def test_arrows_point_down(arrows):
     assert upward(arrows) == []
 
 
-@pytest.mark.xfail(reason="text: streaming and tokenizer; training: snapshots and trainer")
 def test_no_circle(arrows):
     assert circles(arrows) == []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported to ONNX, the layers compute the same in onnxruntime, by the standard's own LSTM node."""
+"""Exported to ONNX, the layers compute the same in onnxruntime, by the standard's own nodes."""
 
 import itertools
 import re
@@ -9,6 +9,7 @@ import torch
 
 import llmkern
 import llmkern.onnx
+from llmkern.models import LanguageModel
 from tests.conftest import assert_close
 
 pytest.importorskip("onnxscript")
@@ -120,7 +121,7 @@ def test_a_layer_within_a_model():
     class Classifier(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.embedding = torch.nn.Embedding(11, I)
+            self.embedding = llmkern.nn.Embedding(11, I, padding_idx=0)
             self.lstm = llmkern.nn.LSTM(I, H, bidirectional=True, batch_first=True)
             self.head = torch.nn.Linear(2 * H, 3)
 
@@ -130,6 +131,39 @@ def test_a_layer_within_a_model():
     model = Classifier()
     session = session_of(export(model, (torch.randint(11, (B, T)),)))
     assert_same(session, model, (torch.randint(11, (B, T)),))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_an_embedding_is_a_gather(index_dtype):
+    layer = llmkern.nn.Embedding(11, I, padding_idx=2, scale_grad_by_freq=True)
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}
+    ids = torch.randint(11, (B, T), dtype=index_dtype)
+    program = export(layer, (ids,), dynamic_shapes={"input": dims})
+    assert [n.op_type for n in program.model.graph] == ["Gather"]
+    session = session_of(program)
+    for shape in ((B, T), (1, 9), (7, 1)):
+        ids = torch.randint(11, shape, dtype=index_dtype)
+        (got,) = run(session, ids)
+        assert torch.equal(got, layer(ids))
+
+
+@pytest.mark.filterwarnings("ignore:# The axis name:UserWarning")  # two inputs have the batch
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_whole_language_model(tied):
+    """Logits and states, for other texts, from the beginning and further on."""
+    model = LanguageModel(23, embedding_dim=H, hidden_size=H, num_layers=2, tie_weights=tied)
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}
+    states = ({1: dims[0]},) * 2
+    args = torch.randint(23, (B, T)), model.initial_state(B)
+    program = export(model, args, dynamic_shapes={"ids": dims, "state": states})
+    types = [n.op_type for n in program.model.graph]
+    assert types.count("LSTM") == 2 and not program.model.functions
+    assert all(n.domain == "" for n in program.model.graph)
+    session = session_of(program)
+    for rows, steps in ((B, T), (1, 1), (4, 8)):
+        ids, state = torch.randint(23, (rows, steps)), model.initial_state(rows)
+        assert_same(session, model, (ids, state))
+        assert_same(session, model, (ids, tuple(torch.randn_like(s) for s in state)))
 
 
 class Layer(torch.nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.native import programs
 
 CASES = (
     "two_holders",
@@ -25,14 +25,10 @@ SOURCES = ("csrc/kernels/thread_memory.cpp", "tests/native/thread_memory.cpp")
 
 
 @pytest.fixture(scope="module", params=["thread", "address"])
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("native") / f"thread_memory_{request.param}"
-    flags = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-pthread", "-Icsrc"]
+def program(request: pytest.FixtureRequest) -> Path:
     defines = ["-DLLMKERN_DEBUG", "-DLLMKERN_ISA=generic"]
-    sanitizer = f"-fsanitize={request.param}"
-    command = ["g++", *flags, *defines, sanitizer, *SOURCES, "-o", str(path)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return path
+    name = f"thread_memory_{request.param}"
+    return programs.program(name, SOURCES, *defines, f"-fsanitize={request.param}")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -40,5 +36,5 @@ def test_thread_memory(program: Path, case: str) -> None:
     options = "allocator_may_return_null=1:detect_leaks=0"  # the registry is never freed
     environment = os.environ | {"ASAN_OPTIONS": options, "TSAN_OPTIONS": options}
     command = [str(program), case]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr

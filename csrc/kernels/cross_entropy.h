@@ -76,6 +76,14 @@ struct CrossEntropyBackward {
   Widened<T>* grad_probabilities;  // [N, V]
 };
 
+// Logits alone, W x + b: what a decoder chooses from. A row's do not depend on the rows beside it. On the CPU.
+template <class T>
+struct LinearLogits {
+  const T *input, *weight, *bias;  // [N, D], [V, D], [V] or null
+  Widened<T>* logits;              // [N, V]
+  int64_t N, D, V;
+};
+
 // How a pass over the rows is cut: as many as fit into `budget` bytes, and enough that a pass over the weights is worth
 // it.
 struct ChunkPlan {

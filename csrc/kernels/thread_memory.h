@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a thread keeps from one kernel to the next, and who is at work just now.
+// Memory that a thread keeps from one kernel to the next, and who is at work just now.
 //
 // A fresh buffer of some megabytes costs more in page faults than the work in it, so kernels keep their working memory,
 // by thread and purpose. It is freed when somebody asks for that: the memory of an idle thread at once, that of a
@@ -18,20 +18,29 @@ enum class Slot {
   kGemmTiles,  // gemm.h
   kGemmPanel,
   kGemmSums,
-  // The LSTM's: each is one of its buffers, under names that it once shared with others.
-  kPackedA,
-  kPackedB,
-  kSums,
-  kTiles,
-  kPanel,
-  kHidden,
-  kCell,
-  kProjection,
-  kMoments,
-  kMasks,
-  kKernel,
-  kGates,
-  kScales,
+  kLstmForwardWeights,  // lstm.cpp: of a layer, for all its workers
+  kLstmHidden,
+  kLstmCell,
+  kLstmProjection,
+  kLstmMoments,
+  kLstmBackwardWeights,
+  kLstmBackwardMoments,
+  kLstmGradHidden,
+  kLstmGradCell,
+  kLstmGates,
+  kLstmScales,
+  kLstmGatesInPlace,  // lstm/panels.h
+  kLstmInputTiles,    // lstm/forward.h: of a worker
+  kLstmProducts,
+  kLstmCellMoments,
+  kLstmByteTiles,       // lstm/byte_gates.h
+  kLstmMasks,           // lstm/zoneout.h
+  kLstmColumnsInPlace,  // lstm/backward.h: of a worker
+  kLstmGradStep,
+  kLstmHanded,
+  kLstmRecomputation,  // lstm/products.h
+  kLstmNewCell,
+  kLstmStackedSteps,
   kSampleRow,
   kMultinomialTree,
   kBeamCandidates,
@@ -51,7 +60,8 @@ struct OutOfMemory : std::bad_alloc {
 };
 [[noreturn]] void fail_for_working_memory(size_t bytes);
 
-// The calling thread works for as long as this lives: nobody else frees its memory, or changes what it runs. They nest.
+// The calling thread works for as long as this lives: nobody else frees its memory or changes the instruction set. They
+// nest.
 class AtWork {
  public:
   AtWork();
@@ -67,7 +77,7 @@ void* hold_thread_memory(Slot slot, size_t bytes);
 // The holder needs it no longer. It stays for the next one.
 void release_thread_memory(Slot slot);
 
-// Of all threads; of those at work as soon as they are not.
+// Frees the memory of all threads; that of a thread at work as soon as its work ends.
 void free_thread_memory();
 
 struct ThreadMemory {

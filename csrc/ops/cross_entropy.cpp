@@ -195,6 +195,37 @@ Four linear_cross_entropy_backward_cpu(const Tensor& grad_loss_any, const Tensor
   return {grad_input, narrowed(grad_weight, input), narrowed(grad_bias, input), grad_target};
 }
 
+Tensor linear_logits_cpu(const Tensor& input_any, const Tensor& weight_any, const OptionalTensor& bias_any) {
+  check_dim("linear_logits", "input", input_any, 2);
+  check_dim("linear_logits", "weight", weight_any, 2);
+  const int64_t N = input_any.size(0), D = input_any.size(1), V = weight_any.size(0);
+  const ScalarType dtype = input_any.scalar_type();
+  check_shape("linear_logits", "weight", weight_any, {V, D});
+  check_dtype("linear_logits", "weight", weight_any, dtype);
+  if (bias_any) {
+    check_shape("linear_logits", "bias", *bias_any, {V});
+    check_dtype("linear_logits", "bias", *bias_any, dtype);
+  }
+  const Tensor input = row_major(input_any), weight = row_major(weight_any);
+  const OptionalTensor bias = row_major(bias_any);
+  const Tensor logits = empty(input, {N, V}, widened(dtype));
+  for_storage_dtype("linear_logits", "input", input, [&](auto value) {
+    using T = decltype(value);
+    cpu::run(
+        LinearLogits<T>{
+            .input = data<T>(input),
+            .weight = data<T>(weight),
+            .bias = data<T>(bias),
+            .logits = mutable_data<Widened<T>>(logits),
+            .N = N,
+            .D = D,
+            .V = V,
+        },
+        torch_parallel());
+  });
+  return logits;
+}
+
 #ifdef LLMKERN_WITH_CUDA
 void check_hard(const Tensor& target) {
   if (is_soft(target)) fail(kName, "expected classes on CUDA, got probabilities");
@@ -307,6 +338,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
       "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
       "int reduction, int ignore_index, float label_smoothing, bool save_gradient=False) "
       "-> (Tensor loss, Tensor lse, Tensor total_weight, Tensor input_gradient)");
+  m.def("linear_logits(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def(
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor weight, Tensor? bias, Tensor target, "
       "Tensor? class_weight, Tensor lse, Tensor total_weight, int reduction, int ignore_index, float label_smoothing, "
@@ -317,6 +349,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern, m) {
 STABLE_TORCH_LIBRARY_IMPL(llmkern, CPU, m) {
   LLMKERN_OPERATOR(m, "linear_cross_entropy", &linear_cross_entropy_cpu);
   LLMKERN_OPERATOR(m, "linear_cross_entropy_backward", &linear_cross_entropy_backward_cpu);
+  LLMKERN_OPERATOR(m, "linear_logits", &linear_logits_cpu);
 }
 #endif
 

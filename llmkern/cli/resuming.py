@@ -55,7 +55,7 @@ def resumed(
             f"--resume: expected a run of llmkern train in {folder}, got one of a {shortened(content['model_class'])}"
         )
     with reading(path, "its tokenizer cannot be read"):
-        words = Tokenizer.from_json(content["tokenizer"])
+        run_tokenizer = Tokenizer.from_json(content["tokenizer"])
     with reading(path, "its arguments are not those of a training"):
         saved = TrainingArguments(**content["arguments"])
     model_there = build(
@@ -67,7 +67,7 @@ def resumed(
     )
     source = content["source"] or {}
     with reading(path, "its source is not that of a text"):
-        options = _TOKENIZER_DEFAULTS | source.get("tokenizer", {}) | {"kind": words.kind}
+        options = _TOKENIZER_DEFAULTS | source.get("tokenizer", {}) | {"kind": run_tokenizer.kind}
     for name, value in tokenizer.items():
         check_same(name, value, options.get(name))
     for name, value in model.items():
@@ -76,7 +76,7 @@ def resumed(
         if name not in RESUMABLE:
             check_same(name, value, getattr(saved, name))
     arguments = dataclasses.replace(saved, **training)
-    return Resumed(model_there, words, arguments, source)
+    return Resumed(model_there, run_tokenizer, arguments, source)
 
 
 def check_same(name: str, asked: Any, saved: Any) -> None:

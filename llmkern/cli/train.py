@@ -201,13 +201,13 @@ def train(
     fraction = _valid_fraction(valid_fraction, path, None if saved is None else saved.source)
     splits = language_modeling_splits(*path, valid_fraction=fraction)
     if saved is None:
-        model, words, arguments = _new(splits, *options, show=not quiet)
+        model, run_tokenizer, arguments = _new(splits, *options, show=not quiet)
         source = data_record(path, splits, fraction, options.tokenizer)
     else:
-        model, words, arguments, source = saved
+        model, run_tokenizer, arguments, source = saved
         source = data_record(path, splits, fraction, source.get("tokenizer", {}))
     texts = {
-        name: encode(words, text, f"the {name} text", show=not quiet)
+        name: encode(run_tokenizer, text, f"the {name} text", show=not quiet)
         for name, text in splits._asdict().items()
         if text
     }
@@ -218,13 +218,13 @@ def train(
         texts["train"].ids,
         texts["valid"].ids if "valid" in texts else None,
         output_dir=output,
-        tokenizer=words,
+        tokenizer=run_tokenizer,
         source=source,
         show_progress=not quiet,
     )
     test_lanes = _test_lanes(trainer, texts)
     if not quiet:
-        _describe(model, words, texts, trainer.arguments)
+        _describe(model, run_tokenizer, texts, trainer.arguments)
     result = trainer.train(resume=resume, overwrite=overwrite)
     _report(result, trainer.arguments, output)
     again = _line_to_go_on(result, trainer.arguments, path, output, given)
@@ -304,9 +304,9 @@ def _new(
     show: bool,
 ) -> tuple[LanguageModel, Tokenizer, TrainingArguments]:
     arguments = TrainingArguments(**({"seed": secrets.randbelow(2**31)} | training))
-    words = train_tokenizer(splits, show=show, **({"kind": "char"} | tokenizer))
+    run_tokenizer = train_tokenizer(splits, show=show, **({"kind": "char"} | tokenizer))
     torch.manual_seed(arguments.seed)
-    return LanguageModel(words.vocab_size, **model), words, arguments
+    return LanguageModel(run_tokenizer.vocab_size, **model), run_tokenizer, arguments
 
 
 def _describe(

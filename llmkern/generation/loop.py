@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing text: one token a step, the state carried, the token chosen by llmkern.ops.sample.
 
-A row's tokens depend on its own prompt, settings and seed alone. Prompts of different lengths are therefore
-read without padding, each row samples with its own seed and position, and the head is applied to one row at
-a time: torch's matrix product rounds differently for different numbers of rows.
+A row's tokens depend on its own prompt, settings and seed alone. Prompts of different lengths are therefore read
+without padding, each row samples with its own seed and position, and a linear head is applied by a product whose rows
+do not depend on one another, as torch's do.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmkern import ops
 from llmkern.generation.config import GenerationConfig
 from llmkern.generation.constraints import Constraints
 from llmkern.generation.streaming import Streamer
+from llmkern.nn import snapshot_weights
 from llmkern.text import Tokenizer
 from llmkern.text.tokenizer import Unknown
 
@@ -107,7 +108,8 @@ class GenerationMixin:
         was_training = self.training
         self.eval()  # type: ignore[attr-defined]
         try:
-            with torch.inference_mode():
+            # The weights are this loop's own until it ends.
+            with torch.inference_mode(), snapshot_weights(self):  # type: ignore[arg-type]
                 _write(self, rows, config, streamer)
         finally:
             self.train(was_training)  # type: ignore[attr-defined]
@@ -202,8 +204,7 @@ def _write(
     hidden, state = _read_prompts(model, [row.prompt for row in rows])
     active = rows
     while True:
-        # One row at a time, each in fresh memory: the product rounds by the number of rows and their alignment.
-        logits = torch.cat([model.head(row.clone()) for row in hidden.split(1)])
+        logits = _logits(model.head, hidden)
         constraints.mask_(logits, [(row.prompt, row.output) for row in active])
         tokens = _choose(logits, active, config)
         for row, token in zip(active, tokens.tolist(), strict=True):
@@ -221,6 +222,18 @@ def _write(
         hidden = output[:, -1]
     if streamer is not None:
         streamer.end()
+
+
+def _logits(head: Any, hidden: Tensor) -> Tensor:
+    """The head's logits [B, V] of hidden states [B, H], each row's its own."""
+    if (
+        type(head) is nn.Linear
+        and hidden.is_cpu
+        and not (head._forward_hooks or head._forward_pre_hooks)
+    ):
+        return ops.linear_logits(hidden, head.weight, head.bias)
+    # One row at a time, each in fresh memory: torch's product rounds by the number of rows and their alignment.
+    return torch.cat([head(row.clone()) for row in hidden.split(1)])
 
 
 def _read_prompts(model: Any, prompts: list[list[int]]) -> tuple[Tensor, tuple[Tensor, ...]]:

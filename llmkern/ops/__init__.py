@@ -4,7 +4,7 @@
 from llmkern.ops import _flops as _flops  # registers formulas
 from llmkern.ops._deferred import raise_deferred_errors
 from llmkern.ops._memory import empty_cache
-from llmkern.ops.cross_entropy import linear_cross_entropy
+from llmkern.ops.cross_entropy import linear_cross_entropy, linear_logits
 from llmkern.ops.decoding import (
     BeamCandidates,
     Verified,
@@ -27,6 +27,7 @@ __all__ = [
     "empty_cache",
     "filter_logits",
     "linear_cross_entropy",
+    "linear_logits",
     "lstm",
     "lstm_cell",
     "lstm_pack",

@@ -9,10 +9,9 @@ from torch import Tensor
 _CASTABLE = torch.float32, torch.bfloat16, torch.float16
 
 
-def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype of the autocast region, if there is one on their device. float64 stays, as in torch."""
-    device = next(t.device.type for t in tensors if t is not None)
-    return _as(_dtype_of_region(device), tensors)
+def cast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype of the autocast region, if there is one on their device; float64 stays, as in torch."""
+    return _as(_dtype_of_region(next(t for t in tensors if t is not None)), tensors)
 
 
 def cast_recurrent(c_0: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -21,25 +20,20 @@ def cast_recurrent(c_0: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     There torch multiplies in the region's dtype and adds to the state in the wider one of both, which is what the layer
     returns; so a state that is carried on from step to step keeps its bits. On CUDA torch casts all.
     """
-    dtype = _dtype_of_region(c_0.device.type)
+    dtype = _dtype_of_region(c_0)
     if dtype is not None and c_0.device.type == "cpu" and c_0.dtype in _CASTABLE:
         dtype = torch.promote_types(dtype, c_0.dtype)
     return _as(dtype, tensors)
 
 
-def cast_product(tensor: Tensor) -> Tensor:
-    """What comes out of a matrix product alone: it has the region's dtype."""
-    (product,) = _as(_dtype_of_region(tensor.device.type), (tensor,))
-    return product  # type: ignore[return-value]
-
-
-def _dtype_of_region(device: str) -> torch.dtype | None:
+def _dtype_of_region(tensor: Tensor) -> torch.dtype | None:
+    device = tensor.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
 
-def _as(dtype: torch.dtype | None, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _as(dtype: torch.dtype | None, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     if dtype is None:
         return tensors
     return tuple(t.to(dtype) if t is not None and t.dtype in _CASTABLE else t for t in tensors)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.float64)
 ANY_FLOAT_DTYPES = (*FLOAT_DTYPES, torch.bfloat16, torch.float16)
@@ -27,12 +28,37 @@ def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
 
 def plain_number(value: Any) -> Any:
     """The Python number in a numpy scalar, or in an array or a tensor without dimensions; anything else as it is."""
+    if (
+        type(value) is int or type(value) is float
+    ):  # the compiler's too, which have no shape to ask for
+        return value
     return value.item() if getattr(value, "shape", None) == () else value
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"llmkern.{op}: expected {name} to be a Tensor, got {type(value).__name__}")
+
+
+def constant(op: str, name: str, tensor: Tensor) -> Tensor:
+    """The tensor for an operator without a derivative: detached.
+
+    Autograd's users see from the results, which require no gradient, that there is none. To the transforms of
+    torch.func and to forward mode they would look like constants, with a derivative of zero: there it raises.
+    """
+    if not torch.compiler.is_compiling() and _is_differentiated(tensor):
+        raise NotImplementedError(
+            f"llmkern.{op}: expected {name} that nobody differentiates, got one inside of a transform of torch.func or "
+            f"in forward mode; there is no derivative: pass {name}.detach()"
+        )
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    if tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    dual = forward_ad._current_level >= 0
+    return dual and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def float_dtypes(tensor: Tensor) -> Sequence[torch.dtype]:

@@ -5,12 +5,56 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+
+_LIBRARY = torch.library.Library("llmkern", "IMPL")
 
 
 def in_forward_mode() -> bool:
     """Whether derivatives are taken in forward mode: within torch.func.jvp or torch.autograd.forward_ad.dual_level."""
     return forward_ad._current_level >= 0
+
+
+def register_autograd(
+    operator: torch._ops.OpOverload,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> None:
+    """torch.library.register_autograd, and an error in forward mode, of which that would make nothing: no tangent.
+
+    The functions of llmkern.ops do not come here in forward mode; a trace or an exported program may.
+    """
+    name = operator._opname
+    info = torch._library.autograd.Info(backward, setup_context)
+    recorded = torch._library.autograd.make_autograd_impl(operator, info)
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if in_forward_mode() and any(map(_is_dual, [*args, *kwargs.values()])):
+            raise NotImplementedError(
+                f"llmkern::{name}: expected no derivative in forward mode of the operator itself; "
+                "call the layer, or the function in llmkern.ops, not what was recorded of it"
+            )
+        return recorded(keyset, *args, **kwargs)
+
+    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _is_dual(value: object) -> bool:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False
+    return forward_ad.unpack_dual(value).tangent is not None
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What a forward pass has saved, for a backward pass to compute with; taken once, for checkpoints give it once.
+
+    A pullback of torch.func may run when the level of its forward pass has ended: its tensors are that level's no more.
+    """
+    saved = ctx.saved_tensors
+    if not torch._C._are_functorch_transforms_active():
+        return saved  # type: ignore[no-any-return]
+    return tuple(t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in saved)
 
 
 def vjp(f, *primals):  # type: ignore[no-untyped-def]
@@ -50,5 +94,7 @@ def one_by_one(
         call(*[a if at is None else a.select(at, i) for a, at in zip(args, in_dims, strict=True)])
         for i in range(n)
     ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
     stacked = tuple(torch.stack(r) for r in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)

@@ -38,6 +38,12 @@ def _product(*sizes: int) -> int:
     return 2 * prod(sizes)
 
 
+@_formula(_ops.linear_logits)
+def _linear_logits(given: Any, _: Any) -> int:
+    (N, D), (V, _) = given.input, given.weight
+    return _product(N, D, V)
+
+
 @_formula(_ops.lstm)
 def _lstm(given: Any, _: Any) -> int:
     (T, B, I), (_, P), (_, H) = given.input, given.h_0, given.c_0  # noqa: E741
@@ -64,9 +70,9 @@ def _lstm_step(given: Any, _: Any) -> int:
 
 
 @_formula(_ops.lstm_step_backward)
-def _lstm_step_backward(given: Any, results: Any) -> int:
-    (B, I), (_, H) = results.grad_input, given.c_0  # noqa: E741
-    return _product(B, 4 * H, I + H)
+def _lstm_step_backward(given: Any, _: Any) -> int:
+    (B, H), (_, I) = given.c_0, given.weight_ih  # noqa: E741
+    return _product(B, 4 * H, H + I)
 
 
 @_formula(_ops.lstm_weight_gradients)
@@ -83,9 +89,9 @@ def _lstm_layers(given: Any, _: Any) -> int:
 
 
 @_formula(_ops.linear_cross_entropy)
-def _linear_cross_entropy(given: Any, _: Any) -> int:
+def _linear_cross_entropy(given: Any, results: Any) -> int:
     (N, D), (V, _) = given.input, given.weight
-    return _product(N, D, V)
+    return _product(N, D, V) * (2 if prod(results.input_gradient) else 1)
 
 
 @_formula(_ops.linear_cross_entropy_backward)

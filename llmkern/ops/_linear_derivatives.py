@@ -92,12 +92,3 @@ def _below_autograd(operator: Any, args: Any, modes: _Modes | None) -> Any:
         torch._C._AutoDispatchBelowAutograd(),
     ):
         return operator(*args)
-
-
-def one_by_one(operator: Any, info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-    """The vmap rule of an operator whose samples have nothing to share."""
-    samples = [
-        [a if at is None else a.select(at, i) for a, at in zip(args, in_dims, strict=True)]
-        for i in range(info.batch_size)
-    ]
-    return torch.stack([operator(*sample) for sample in samples]), 0

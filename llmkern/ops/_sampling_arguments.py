@@ -74,7 +74,8 @@ def settings(values: tuple[Setting, ...], logits: Tensor) -> Tensor:
     for name, value in zip(_RANGES, values, strict=True):
         if isinstance(value, Tensor):
             _seed.check_row_tensor(_OP, "logits", name, value, B, device)
-            columns.append(value.detach().to(torch.float64).expand(B))
+            constant = _checks.constant(_OP, name, value)
+            columns.append(constant.to(torch.float64).expand(B))
         else:
             number = float(checked_setting(_OP, name, value, _NUMBERS))
             columns.append(torch.full((B,), number, dtype=torch.float64, device=device))
@@ -122,7 +123,7 @@ def bias(value: Bias | None, B: int, V: int, device: torch.device) -> BiasTensor
     _checks.check_tensor(_OP, "logit_bias", value)
     _checks.check_dtype(_OP, "logit_bias", value, LOGITS_DTYPES)
     _check_vocabulary("logit_bias", value, B, V, device)
-    return BiasTensors(dense=value.detach().float())
+    return BiasTensors(dense=_checks.constant(_OP, "logit_bias", value).float())
 
 
 def _sparse_bias(rows: Sequence[Mapping[int, float]], V: int, device: torch.device) -> BiasTensors:

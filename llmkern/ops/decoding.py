@@ -130,7 +130,11 @@ def beam_search_step(
     if n < 1:
         raise ValueError(f"llmkern.{op}: expected num_candidates of at least 1, got {n}")
     return BeamCandidates(
-        *torch.ops.llmkern.beam_search_step.default(logits.detach(), scores.detach().float(), n)
+        *torch.ops.llmkern.beam_search_step.default(
+            _checks.constant(op, "logits", logits),
+            _checks.constant(op, "scores", scores).float(),
+            n,
+        )
     )
 
 
@@ -202,8 +206,8 @@ def speculative_verify(
     if draft_logits is not None:
         _check_logits(op, "draft_logits", draft_logits, "B, n, V")
         _checks.check_shape(op, "draft_logits", draft_logits, "B, n, V", [B, n, V])
-        draft_logits = draft_logits.detach()
-    target_logits = target_logits.detach()
+        draft_logits = _checks.constant(op, "draft_logits", draft_logits)
+    target_logits = _checks.constant(op, "target_logits", target_logits)
     if draft_logits is not None and draft_logits.dtype != target_logits.dtype:
         draft_logits, target_logits = draft_logits.float(), target_logits.float()
     _checks.check_same_device(op, {"target_logits": target_logits, "draft_ids": draft_ids})

@@ -10,7 +10,7 @@ of threads, and again in the backward pass, which keeps nothing but the seed.
 import torch
 from torch import Generator, Tensor
 
-from llmkern.ops import _checks, _linear_derivatives, _seed
+from llmkern.ops import _checks, _derivatives, _linear_derivatives, _seed
 
 _OP = "dropout"
 _OPERATOR = torch.ops.llmkern.dropout.default
@@ -94,7 +94,7 @@ def _vmap(info, in_dims, x: Tensor, seed: Tensor, *options):  # type: ignore[no-
     """One seed drops the same elements of every x, like ``randomness="same"``; seeds of a batch each their own."""
     if in_dims[1] is None:
         return _OPERATOR(x.movedim(in_dims[0], 0), seed, *options), 0
-    return _linear_derivatives.one_by_one(_OPERATOR, info, in_dims, x, seed, *options)
+    return _derivatives.one_by_one(_OPERATOR, info.batch_size, in_dims, (x, seed, *options))
 
 
 _linear_derivatives.register(

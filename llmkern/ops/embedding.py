@@ -9,7 +9,7 @@ The gradient is dense and summed in the order of the ids, column by column: the 
 import torch
 from torch import Tensor
 
-from llmkern.ops import _checks, _linear_derivatives
+from llmkern.ops import _checks, _derivatives, _linear_derivatives
 
 _OP = "embedding"
 _GATHER = torch.ops.llmkern.embedding.default
@@ -102,7 +102,7 @@ def _jvp(ctx, _, tangent: Tensor, *__):  # type: ignore[no-untyped-def]
 def _vmap(info, in_dims, ids: Tensor, weight: Tensor, *options):  # type: ignore[no-untyped-def]
     if in_dims[1] is None:
         return _GATHER(ids, weight, *options), in_dims[0]
-    return _linear_derivatives.one_by_one(_GATHER, info, in_dims, ids, weight, *options)
+    return _derivatives.one_by_one(_GATHER, info.batch_size, in_dims, (ids, weight, *options))
 
 
 def _save_for_double_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -238,7 +238,7 @@ def _rows(logits: Tensor) -> Tensor:
         raise ValueError(
             f"llmkern.sample: expected logits of 1 to {2**23 - 1} tokens, got shape {list(logits.shape)}"
         )
-    rows = logits.detach() if logits.requires_grad else logits
+    rows = _checks.constant("sample", "logits", logits)
     if rows.dtype == torch.float64:
         rows = rows.float()
     return rows if rows.dim() == 2 else rows.unsqueeze(0)

@@ -17,9 +17,8 @@ from llmkern._optional import require
 
 PIECE_LENGTH = 16_384
 
-# White space after something else: no word, byte-level pre-token or Unicode composition spans it. Only what every
-# library calls white space: Python also counts U+001C to U+001F.
-_WHITE_SPACE = " \t\n\r\u3000"
+_WHITE_SPACE = " \t\n\r\u3000"  # in every library; Python alone also counts U+001C to U+001F
+# White space after something else: no word, byte-level pre-token or Unicode composition spans it.
 WORD_BOUNDARY = re.compile(rf"(?<=\S)(?=[{_WHITE_SPACE}])")
 ANYWHERE = re.compile("")
 # Before what never composes with its left: white space, ASCII, Latin, Greek, Cyrillic, kana, CJK and Hangul letters.

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every operator promises on a GPU, whatever it computes; each family's tests run all of these.
+"""What every operator promises on a GPU beyond tests/promises.py; each family's tests run all of these."""
 
-Inputs are made on the CPU, so that one seed gives the same ones on every device. Gradients are those of a sum of
-squares, so that the upstream gradient needs nothing from the host.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+
+from tests import promises
+from tests.promises import Op, assert_same_bits, leaf, moved, results
+
+__all__ = ["Op", "assert_same_bits", "every_op", "every_promise", "leaf", "moved", "results"]
 
 DEVICE = torch.device("cuda")
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -20,64 +18,11 @@ DTYPES = (torch.float32, torch.float64, *SIXTEEN_BIT)
 A_WHILE = 1_000_000_000
 
 
-@dataclass(frozen=True)
-class Op:
-    """A call to test: its name, the function, and its arguments on the CPU (None where one is left out).
-
-    A floating argument that requires a gradient gets one.
-    """
-
-    name: str
-    forward: Callable[..., Any]
-    arguments: tuple[Tensor | None, ...]
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-
-
-def moved(arguments: Sequence[Tensor | None], device: torch.device | str) -> list[Tensor | None]:
-    """Copies on a device, leaves where they were leaves."""
-    return [
-        None if t is None else t.detach().to(device, copy=True).requires_grad_(t.requires_grad)
-        for t in arguments
-    ]
-
-
-def results(forward: Callable[..., Any], arguments: Sequence[Tensor | None]) -> list[Tensor]:
-    """Outputs, then the gradients of every argument that requires one."""
-    outputs = forward(*arguments)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    leaves = [t for t in arguments if t is not None and t.requires_grad]
-    if not leaves:
-        return outputs
-    wide = (t if t.dtype == torch.float64 else t.float() for t in outputs if t.requires_grad)
-    loss = sum(t.square().sum() for t in wide)
-    return [t.detach() for t in outputs] + list(torch.autograd.grad(loss, leaves))
-
-
-def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    assert len(got) == len(expected) > 0
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        a, b = a.cpu(), b.cpu()
-        assert a.dtype == b.dtype and a.shape == b.shape, f"result {i}"
-        if a.is_floating_point():
-            assert torch.equal(a.isnan(), b.isnan()), f"result {i} has NaN elsewhere"
-            a, b = a.nan_to_num(), b.nan_to_num()
-        assert torch.equal(a, b), f"result {i} differs in {int((a != b).sum())} of {a.numel()}"
-
-
 # ---- the promises: each takes an Op ----
 
 
 def same_bits_on_every_run(op: Op) -> None:
-    arguments = moved(op.arguments, DEVICE)
-    expected = results(op.forward, arguments)
-    for _ in range(5):
-        assert_same_bits(results(op.forward, arguments), expected)
+    promises.same_bits_on_every_run(op, DEVICE)
 
 
 def runs_on_the_current_stream(op: Op) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmkern
+from llmkern.ops import _checks
 from tests.conftest import TOLERANCE, assert_close
 
 from .promises import DTYPES, SIXTEEN_BIT, Op, every_op, every_promise, leaf, moved, results
@@ -107,6 +108,33 @@ def test_several_chunks_of_rows(device, dtype):
     assert_close(loss, true_loss, 1e-5)
     tolerance = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     for got, truth in zip(grads, true_grads, strict=True):
+        assert_close(got, truth, tolerance)
+
+
+@small
+@pytest.mark.parametrize("wanted", [{0}, {1}, {2}], ids=["input", "weight", "bias"])
+def test_only_wanted_gradients(device, wanted):
+    x, weight, bias, target = moved(head((50, 91, 13), torch.float64), device)
+    for i, tensor in enumerate((x, weight, bias)):
+        tensor.requires_grad_(i in wanted)
+    leaves = [t for t in (x, weight, bias) if t.requires_grad]
+    for got, expected in zip(
+        torch.autograd.grad(loss_of(x, weight, bias, target), leaves),
+        torch.autograd.grad(F.cross_entropy(F.linear(x, weight, bias), target), leaves),
+        strict=True,
+    ):
+        assert_close(got, expected, 10 * TOLERANCE[torch.float64])
+
+
+@small
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_probabilities(device, dtype):
+    """Plain operations of torch."""
+    x, weight, bias, _ = head((50, 91, 13), dtype)
+    probabilities = torch.randn(50, 91).softmax(-1).double().to(_checks.widened(dtype))
+    arguments = (x, weight, bias, probabilities)
+    tolerance = 10 * TOLERANCE[dtype]
+    for got, truth in zip(on(device, arguments), exact(arguments), strict=True):
         assert_close(got, truth, tolerance)
 
 

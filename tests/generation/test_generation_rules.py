@@ -26,8 +26,8 @@ def test_eos_and_its_earliest_place():
 
 
 def test_finish_reasons():
-    words = toys.tokenizer(text="abcdef")
-    rows = Chain(tokenizer=words).generate(
+    tokenizer = toys.tokenizer(text="abcdef")
+    rows = Chain(tokenizer=tokenizer).generate(
         [[0], [3]], do_sample=False, eos_token_id=5, stop_strings="c", max_new_tokens=9,
         return_dict_in_generate=True,
     )  # fmt: skip

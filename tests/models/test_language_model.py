@@ -4,6 +4,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from llmkern.models import LanguageModel
@@ -71,6 +72,40 @@ def test_the_carried_state_continues_the_text():
     assert_close(state[1], end[1])
     zeros, _ = model(ids, model.initial_state(2))
     assert torch.equal(zeros, whole)
+
+
+def test_per_sample_gradients():
+    """Embedding, LSTM and head in one call of vmap(grad(...)), as differential privacy takes them, against a loop."""
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = toys.model().double()
+
+        def forward(self, ids):
+            return self.model.loss(ids[None, :-1], ids[None, 1:])[0]
+
+    loss, ids = Loss(), torch.randint(23, (3, 6))
+    parameters = {name: p.detach() for name, p in loss.named_parameters()}
+    of_one = grad(lambda parameters, ids: functional_call(loss, parameters, ids))
+    got = vmap(of_one, in_dims=(None, 0))(parameters, ids)
+    for i in range(3):
+        loss.zero_grad()
+        loss(ids[i]).backward()
+        for name, p in loss.named_parameters():
+            assert_close(got[name][i], p.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_trains_in_sixteen_bits(dtype):
+    """The loss and its gradients follow the model's dtype."""
+    model = toys.model()
+    ids = torch.randint(23, (2, 9))
+    expected, _ = model.loss(ids[:, :-1], ids[:, 1:])
+    loss, _ = model.to(dtype).loss(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    assert_close(loss, expected, 8 * torch.finfo(dtype).eps)
+    assert all(p.grad.dtype == dtype and p.grad.any() for p in model.parameters())
 
 
 def test_tied_weights_are_one_parameter_with_one_gradient():

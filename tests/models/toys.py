@@ -15,8 +15,8 @@ def tokenizer(kind: str = "char", text: str = TEXT) -> Tokenizer:
     return Tokenizer.train([text], kind=kind)
 
 
-def token_ids(words: Tokenizer, text: str = TEXT) -> torch.Tensor:
-    return torch.tensor(words.encode(text))
+def token_ids(of: Tokenizer, text: str = TEXT) -> torch.Tensor:
+    return torch.tensor(of.encode(text))
 
 
 def model(vocab_size: int = 23, seed: int = 0, **options) -> LanguageModel:
@@ -28,9 +28,9 @@ def model(vocab_size: int = 23, seed: int = 0, **options) -> LanguageModel:
 
 def talking_model(kind: str = "char", **options) -> LanguageModel:
     """A model with a tokenizer, in evaluation mode."""
-    words = tokenizer(kind)
-    talker = model(words.vocab_size, **options).eval()
-    talker.tokenizer = words
+    its_tokenizer = tokenizer(kind)
+    talker = model(its_tokenizer.vocab_size, **options).eval()
+    talker.tokenizer = its_tokenizer
     return talker
 
 

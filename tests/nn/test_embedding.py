@@ -52,3 +52,19 @@ def test_is_a_drop_in():
     frozen = llmkern.nn.Embedding.from_pretrained(torch.eye(3))
     assert type(frozen) is llmkern.nn.Embedding
     assert frozen(torch.tensor([2])).tolist() == [[0, 0, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+def test_follows_its_dtype(options, dtype):
+    """A layer that becomes narrower goes on, as torch's does."""
+    ours, theirs = (layer.to(dtype) for layer in twins(**options))
+    ids = torch.tensor([[1, 2, 2], [10, 0, 2]])
+    a, b = ours(ids), theirs(ids)
+    assert a.dtype == dtype
+    assert torch.equal(a, b)
+    upstream = torch.randn_like(a)
+    a.backward(upstream)
+    b.backward(upstream)
+    assert ours.weight.grad.dtype == dtype
+    assert_close(ours.weight.grad, theirs.weight.grad)

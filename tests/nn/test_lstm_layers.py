@@ -148,7 +148,7 @@ def test_a_trace_reads_its_weights_at_every_call(gradients):
     x = torch.randn(1, 1, I)
     with torch.set_grad_enabled(gradients):
         layer(x)
-        traced = torch.jit.trace(layer, x, check_trace=False)
+        traced = torch.jit.trace(layer, x)
         with torch.no_grad():
             layer.weight_hh_l0.mul_(2)
             layer.weight_ih_l0.mul_(2)

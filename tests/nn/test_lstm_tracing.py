@@ -48,7 +48,7 @@ def check_trained(recorded, module, x):
             assert_close(got, expected)
         with torch.no_grad():
             for parameter in module.parameters():
-                parameter.mul_(0.9)
+                parameter.data.mul_(0.9)
             assert_close(first(recorded, x), first(module, x))
 
 
@@ -97,6 +97,29 @@ def test_make_fx_of_the_operator(recording, mode):
         grads.append([loss, *torch.autograd.grad(loss, leaves)])
     for got, expected in zip(*grads, strict=True):
         assert_close(got, expected)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("recording", [True, False])
+@named
+def test_make_fx(name, options, recording, mode):
+    """The parameters are inputs of the graph, or its attributes: never a copy of them made at that time."""
+    module, x = problem(name, options)
+    with torch.set_grad_enabled(recording):
+        module(x)
+        graph = make_fx(module, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+    constants = {n.target for n in graph.graph.nodes if n.op == "get_attr"}
+    pointers = {p.data_ptr() for p in module.parameters()}
+    assert {getattr(graph, c).data_ptr() for c in constants if "param" in c} <= pointers
+    check_trained(graph, module, x)
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_make_fx_of_a_module_that_has_never_run(mode):
+    module, x = problem("LSTM", {})
+    with torch.no_grad():
+        graph = make_fx(module, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+    check_trained(graph, module, x)
 
 
 def test_a_backward_pass_computes_what_was_not_saved():

@@ -4,6 +4,9 @@
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 import llmkern
 from tests.conftest import assert_close
@@ -159,3 +162,115 @@ def test_compile_without_recompiles_over_batch_sizes(option, reduction):
 def test_compile_static():
     torch.compiler.reset()
     compiled_gradients(torch.compile(loss_of, fullgraph=True, backend="aot_eager"), 5, 4, "sum")
+
+
+# ---- graphs made by others: every one of them is the loss again, gradients included
+
+
+def layer_and_batch(*, frozen=False):
+    layer = llmkern.nn.LinearCrossEntropyLoss(*SHAPE[1:], bias=True, dtype=torch.float64)
+    layer.requires_grad_(not frozen)
+    return layer, (torch.randn(6, SHAPE[1]).double(), torch.randint(SHAPE[2], (6,)))
+
+
+def assert_trains_as(layer, graph, batch):
+    """One step of training through the graph and one through the layer, with other values than it was made with."""
+    layer.requires_grad_()
+    x, target = batch
+    losses, grads = [], []
+    for call in (layer, graph):
+        layer.zero_grad()
+        leaf = (x * 2 - 1).requires_grad_()
+        loss = call(leaf, target.flip(0))
+        loss.backward()
+        losses.append(loss)
+        grads.append([leaf.grad, *[p.grad.clone() for p in layer.parameters()]])
+    assert_close(*losses)
+    for a, b in zip(*grads, strict=True):
+        assert_close(b, a)
+
+
+traced = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+
+
+@traced
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("recording", [False, True])
+def test_trace_with_its_own_check(frozen, recording):
+    layer, (x, target) = layer_and_batch(frozen=frozen)
+    with torch.set_grad_enabled(recording):
+        graph = torch.jit.trace(layer, (x.requires_grad_(recording), target))
+    x = x.detach()
+    assert_trains_as(layer, graph, (x, target))
+    longer = torch.cat([x, x + 1]), torch.cat([target, target])
+    assert_trains_as(layer, graph, longer)
+
+
+@traced
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_trace_of_probabilities(reduction):
+    layer, (x, _) = layer_and_batch()
+    layer.reduction = reduction
+    target = torch.randn(6, SHAPE[2]).double().softmax(-1)
+    graph = torch.jit.trace(layer, (x, target))
+    longer = torch.cat([x, x + 1]), torch.cat([target, target])
+    assert_close(graph(*longer), layer(*longer))
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_export(recording):
+    layer, batch = layer_and_batch()
+    with torch.set_grad_enabled(recording):
+        graph = torch.export.export(layer, batch).module()
+    parameters = dict(layer.named_parameters())
+    for name, p in graph.named_parameters():
+        p.data = parameters[name].data
+        parameters[name].grad = p.grad = torch.zeros_like(p)
+    x, target = batch
+    for f in (layer, graph):
+        f(x, target).backward()
+    for name, p in graph.named_parameters():
+        assert_close(p.grad, parameters[name].grad)
+
+
+def test_graphs_of_transforms():
+    """make_fx and the compiler, of gradients by torch.func."""
+    tensors, target, options = arguments_of(SHAPE, 4)
+    values = tuple(tensors.values())
+
+    def loss(*values):
+        return llmkern.ops.linear_cross_entropy(
+            **dict(zip(tensors, values, strict=True)), target=target, **options
+        )
+
+    transforms = [
+        loss,
+        grad(loss, (0, 1, 2)),
+        vmap(grad(loss, (0, 1)), in_dims=(None, None, 0)),
+    ]
+    for transform in transforms:
+        call = (
+            values
+            if transform is not transforms[2]
+            else (*values[:2], torch.stack([values[2]] * 3))
+        )
+        expected = tree_leaves(transform(*call))
+        torch.compiler.reset()
+        for graph in (
+            make_fx(transform)(*call),
+            torch.compile(transform, fullgraph=True, backend="aot_eager"),
+        ):
+            for a, b in zip(tree_leaves(graph(*call)), expected, strict=True):
+                assert_close(a, b)
+
+
+@pytest.mark.parametrize("wanted", ["input", "linear_weight"])
+def test_compiled_with_frozen_arguments(wanted):
+    torch.compiler.reset()
+    tensors, target, options = arguments_of(SHAPE, 4)
+    tensors[wanted].requires_grad_()
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(tensors, target, options), tensors[wanted])
+    assert_close(got, torch.autograd.grad(loss_of(tensors, target, options), tensors[wanted])[0])

@@ -186,6 +186,21 @@ def test_forward_mode(locked):
     assert torch.allclose(torch.func.grad(loss)(x), slope)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_compiled_transforms():
+    x, seed = torch.randn(3, 4), torch.tensor(6)
+    loss = lambda x: dropout(x, 0.5, seed=seed).square().sum()  # noqa: E731
+    transforms = (
+        torch.func.grad(loss),
+        lambda x: torch.func.jvp(loss, (x,), (x.cos(),))[1],
+        lambda x: torch.vmap(torch.func.grad(loss))(torch.stack([x, x.sin()])),
+    )
+    for f in transforms:
+        expected = f(x)
+        assert expected.abs().max() > 0
+        assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), expected)
+
+
 def test_compile_draws_anew_without_recompiling():
     calls = []
 
@@ -247,7 +262,12 @@ BAD_CALLS = [
         ValueError,
         r"expected seed of shape \[\] = \[\], got \[1\]",
     ),
-    ((X,), {"seed": torch.tensor(1.0)}, TypeError, "expected seed of dtype int64, got float32"),
+    (
+        (X,),
+        {"seed": torch.tensor(1.0)},
+        TypeError,
+        "expected seed of dtype int32 or int64, got float32",
+    ),
     (
         (X,),
         {"seed": 1, "generator": torch.Generator()},

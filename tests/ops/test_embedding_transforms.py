@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -202,6 +203,26 @@ def test_compiled_and_traced_transforms(transform):
     assert torch.equal(graph(table), expected)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(table), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_dual_numbers(backend):
+    def tangent_of(table, tangent):
+        with forward_ad.dual_level():
+            output = ours(IDS, forward_ad.make_dual(table, tangent))
+            return forward_ad.unpack_dual(output).tangent
+
+    table, tangent = tables(2)
+    compiled = torch.compile(tangent_of, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(table, tangent), tangent[IDS])
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_graph_records_the_operator_and_nothing_else(gradients):
+    table = tables().requires_grad_(gradients)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda t: ours(IDS, t))(table).graph
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.llmkern.embedding.default]
 
 
 def test_a_trace_made_without_gradients_can_be_trained():

@@ -18,7 +18,7 @@ T, B, I, H, V = 5, 3, 4, 6, 11  # noqa: E741
 # Operators that multiply no matrices.
 WITHOUT_PRODUCTS = {
     *("embedding", "embedding_backward", "dropout", "mask", "sample", "multinomial"),
-    *("beam_search_step", "speculative_verify", "lstm_pack", "lstm_pack_backward"),
+    *("beam_search_step", "speculative_verify", "lstm_pack"),
 }
 
 
@@ -84,7 +84,9 @@ def test_linear_cross_entropy(frozen):
     target = torch.randint(V, (T,))
     got = counted(lambda x, w: llmkern.ops.linear_cross_entropy(x, w, target), x, weight)
     expected = counted(lambda x, w: F.cross_entropy(F.linear(x, w), target), x, weight)
-    assert got == expected and min(got) > 0
+    assert sum(got) == sum(expected) > 0
+    # The gradient of the input alone is made where the logits are.
+    assert got[1] == (0 if frozen == "weight" else expected[1])
 
 
 def test_every_operator_that_multiplies_is_counted():

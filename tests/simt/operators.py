@@ -16,6 +16,7 @@ from torch import Tensor
 import llmkern
 from llmkern.ops import _checks
 from llmkern.training import Trainer, TrainingArguments
+from tests import promises
 from tests.conftest import TOLERANCE, assert_close, assert_no_less_accurate
 from tests.ops import philox_oracle as oracle
 
@@ -245,6 +246,23 @@ def test_lstm_gradients():
     assert torch.autograd.gradcheck(lambda *a: llmkern.ops.lstm(*a, reverse=True), inputs)
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 1])])
+@pytest.mark.parametrize("wanted", [(0,), (1, 2), (4,), (5, 6)], ids=str)
+def test_lstm_gradients_that_are_wanted(wanted, lengths):
+    """Those of some arguments alone, the weights or the input being frozen, are those among all."""
+    shapes = [(3, 2, 4), (2, 5), (2, 5), (20, 4), (20, 5), (20,), (20,)]
+    inputs = [leaf(*shape) for shape in shapes]
+
+    def gradients(places):
+        given = [t.detach().requires_grad_(i in places) for i, t in enumerate(inputs)]
+        loss = sum(o.sin().sum() for o in llmkern.ops.lstm(*given, lengths=lengths))
+        return torch.autograd.grad(loss, [given[i] for i in places])
+
+    everything = gradients(range(7))
+    for place, got in zip(wanted, gradients(wanted), strict=True):
+        assert torch.equal(got, everything[place])
+
+
 # ---- linear cross entropy ----
 
 
@@ -293,6 +311,45 @@ def test_loss_over_several_chunks():
         torch.autograd.grad(ours, (x, w, b)), torch.autograd.grad(theirs, (x, w, b)), strict=True
     ):
         assert_close(got, expected, 1e-10)
+
+
+@pytest.mark.parametrize("wanted", [{0}, {1}, {2}, {0, 2}], ids=str)
+def test_loss_computes_the_gradients_that_are_wanted(wanted):
+    tensors = [leaf(6, 4), leaf(9, 4), leaf(9)]
+    target = torch.tensor([0, 8, -100, 3, 3, 5])
+    for i, tensor in enumerate(tensors):
+        tensor.requires_grad_(i in wanted)
+    leaves = [tensors[i] for i in sorted(wanted)]
+    x, w, b = tensors
+    ours = llmkern.ops.linear_cross_entropy(x, w, target, linear_bias=b)
+    theirs = F.cross_entropy(F.linear(x, w, b), target)
+    for got, expected in zip(
+        torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True
+    ):
+        assert_close(got, expected)
+    saved = torch.ops.llmkern.linear_cross_entropy(x, w, b, target, None, 1, -100, 0.0, True)
+    grads = torch.ops.llmkern.linear_cross_entropy_backward(
+        torch.ones_like(ours),
+        x,
+        w,
+        b,
+        target,
+        None,
+        *saved[1:3],
+        1,
+        -100,
+        0.0,
+        *[i in wanted for i in range(4)],
+    )
+    assert [g.numel() for g in grads] == [
+        t.numel() if i in wanted else 0 for i, t in enumerate(tensors)
+    ] + [0]
+
+
+def test_probabilities_have_no_kernel():
+    x, w, target = leaf(6, 4), leaf(9, 4), torch.rand(6, 9, dtype=torch.float64)
+    with pytest.raises(ValueError, match="expected classes on CUDA, got probabilities"):
+        torch.ops.llmkern.linear_cross_entropy(x, w, None, target, None, 1, -100, 0.0)
 
 
 def test_loss_of_nothing():
@@ -344,3 +401,10 @@ def test_tokens_of_a_thousand_seeds_are_those_of_the_cpu():
 def test_training_is_that_of_the_cpu():
     """But for rounding: the framework multiplies here, in an order of its own, and training amplifies it."""
     assert train() == pytest.approx(TRAINED_ON_CPU, rel=1e-4)
+
+
+# torch's own, the first time it is asked for derivatives in forward mode.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@promises.every_promise_of(promises.with_cuda_kernels())
+def test_promise(promise, op):
+    promise(op, "cpu")

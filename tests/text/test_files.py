@@ -147,7 +147,7 @@ def zipped(name: str) -> bytes:
 @pytest.mark.parametrize(
     ("data", "advice"),
     [
-        (gzip.compress(b"text"), "a gzip archive; .*gunzip"),
+        (gzip.compress(b"text", mtime=0), "a gzip archive; .*gunzip"),
         (bz2.compress(b"text"), "a bzip2 archive; .*bunzip2"),
         (lzma.compress(b"text"), "an xz archive; .*unxz"),
         (zipped("word/document.xml"), r"a Word document \(.docx\); save it as plain text"),

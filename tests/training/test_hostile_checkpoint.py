@@ -185,7 +185,7 @@ def test_what_a_run_depends_on_is_not_guessed(stopped, path, how):
         (("tokenizer",), "{}", "its tokenizer cannot be read"),
         (("source",), {"tokenizer": 3}, "its source is not that of a text"),
     ],
-    ids=str,
+    ids=lambda value: "gone" if value is GONE else str(value),
 )
 def test_the_message_says_what_is_wrong(stopped, path, value, message):
     content = content_of(stopped)

@@ -151,7 +151,11 @@ def test_extra_state_may_have_grown_since_the_model_was_made(tmp_path):
         assert model.extra[0] == 1
 
 
-@pytest.mark.parametrize("extra", [Config(), types.SimpleNamespace(), {"a": [lambda: 1]}], ids=str)
+@pytest.mark.parametrize(
+    "extra",
+    [Config(), types.SimpleNamespace(), {"a": [lambda: 1]}],
+    ids=["dataclass", "namespace", "function"],
+)
 def test_extra_state_that_cannot_be_read_again_is_refused_before_the_first_step(tmp_path, extra):
     model = WithExtraState(extra)
     with pytest.raises(TypeError, match=r"which can be read again, got model\._extra_state.*, a "):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: learns, reads the text as it should, stops when it should, and leaves the files it promises."""
 
+import hashlib
 import json
 import math
 import signal
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llmkern.models import LanguageModel
-from llmkern.training import Trainer, TrainingArguments, evaluate, list_checkpoints
+from llmkern.training import Trainer, TrainingArguments, evaluate, list_checkpoints, texts
 from tests.models import toys
 
 WORDS = toys.tokenizer()
@@ -265,6 +266,13 @@ def test_texts_that_do_not_fit_are_refused_before_the_first_step(train, valid, m
             toys.model(WORDS.vocab_size), TrainingArguments(batch_size=8, eval_batch_size=8), train,
             valid, show_progress=False,
         )  # fmt: skip
+
+
+def test_ids_in_half_the_memory_are_the_same_text(monkeypatch):
+    monkeypatch.setattr(texts, "_HASHED_AT_ONCE", 100)
+    whole = hashlib.sha256(TRAIN.numpy().tobytes()).hexdigest()
+    for ids in (TRAIN, TRAIN.int(), TRAIN.repeat_interleave(2)[::2]):
+        assert texts.fingerprint(ids) == {"length": len(TRAIN), "sha256": whole}
 
 
 def test_a_text_of_another_type():

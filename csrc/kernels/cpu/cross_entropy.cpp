@@ -95,10 +95,11 @@ struct Problem {
   bool counts(int64_t n) const { return a.probabilities != nullptr || a.target[n] != a.ignore_index; }
   double hard_weight(int64_t n) const { return (1 - smoothing) * weight_of(a.class_weight, a.target[n]); }
   Vec<S> weights(int64_t v, int64_t count) const { return weights_of(a.class_weight, v, count); }
-  // w_v t_nv with given probabilities.
-  Vec<S> weighted_targets(int64_t n, int64_t v, int64_t count) const {
+  // scale w_v t_nv with given probabilities.
+  Vec<S> weighted_targets(int64_t n, int64_t v, int64_t count, double scale = 1) const {
     const Vec<S> p = load(a.probabilities + n * a.V + v, count);
-    const Vec<S> t = fma(p, broadcast(static_cast<S>(1 - smoothing)), broadcast(static_cast<S>(share)));
+    const Vec<S> t =
+        fma(p, broadcast(static_cast<S>(scale * (1 - smoothing))), broadcast(static_cast<S>(scale * share)));
     return keep_first<S>(a.class_weight == nullptr ? t : t * weights(v, count), count);
   }
 
@@ -165,7 +166,7 @@ void Problem<T>::gradient(int64_t n, double scale, double lse, const T* bias, co
     const double all = blocked_sum<S>(a.V, [&](int64_t v, int64_t count) { return weighted_targets(n, v, count); });
     const Vec<S> probability_scale = broadcast(static_cast<S>(scale * all));
     for_lanes<S>(0, a.V, [&](int64_t v, int64_t count) {
-      const Vec<S> target = static_cast<S>(scale) * weighted_targets(n, v, count);
+      const Vec<S> target = weighted_targets(n, v, count, scale);
       store_narrow(to + v, fma(level.probabilities(biased(v, count)), probability_scale, -target), count);
     });
     return;
@@ -279,6 +280,21 @@ void execute(const CrossEntropyBackward<T>& a, const Parallel& parallel) {
   });
 }
 
+template <class T>
+void execute(const LinearLogits<T>& a, const Parallel& parallel) {
+  using S = Widened<T>;
+  with_operand<T>([&](auto op) {
+    gemm<decltype(op)>(a.N, a.V, a.D, row_major(a.input, a.D), transposed(a.weight, a.D), a.logits, a.V, false,
+                       parallel);
+  });
+  for (int64_t n = 0; a.bias != nullptr && n < a.N; ++n) {
+    S* row = a.logits + n * a.V;
+    for_lanes<S>(0, a.V, [&](int64_t v, int64_t count) {
+      store(row + v, load(row + v, count) + load_wide(a.bias + v, count), count);
+    });
+  }
+}
+
 }  // namespace
 
 template <class Args>
@@ -294,5 +310,9 @@ template void run(const CrossEntropyBackward<float>&, const Parallel&);
 template void run(const CrossEntropyBackward<double>&, const Parallel&);
 template void run(const CrossEntropyBackward<bfloat16>&, const Parallel&);
 template void run(const CrossEntropyBackward<float16>&, const Parallel&);
+template void run(const LinearLogits<float>&, const Parallel&);
+template void run(const LinearLogits<double>&, const Parallel&);
+template void run(const LinearLogits<bfloat16>&, const Parallel&);
+template void run(const LinearLogits<float16>&, const Parallel&);
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -56,31 +56,25 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 
 // ---- copies
 
-// square[k] = word k of as many rows as there are lanes, a row a lane. Where words lie in memory as they are, two of
-// the rounds that transpose a square are done by the loads.
+// columns[k] = word k of as many rows as there are lanes, a row a lane, for as many words as a part of a vector has.
 template <class Op>
 [[gnu::always_inline]] inline void load_transposed(const typename Op::Storage* rows, int64_t stride,
-                                                   Vec<Word<Op>> (&square)[kLanes<Word<Op>>]) {
-  constexpr int lanes = kLanes<Word<Op>>;
-  if constexpr (Op::kAsStored) {
-    load_parts_transposed<Word<Op>>(rows, stride * static_cast<int64_t>(sizeof *rows), square);
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) square[i] = Op::words(rows + i * stride);
-    transpose<Word<Op>>(square);
-  }
+                                                   Vec<Word<Op>> (&columns)[kPartLanes<Word<Op>>]) {
+  const auto parts = [&](int64_t i) { return Op::parts(rows + i * stride, kPartLanes<Word<Op>> * stride); };
+  load_columns<Word<Op>>(parts, columns);
 }
 
 // to[word of k][n] = rows[n * stride + k] for as many rows as there are lanes, a row of `to` every `width` words:
-// squares are transposed in registers.
+// transposed in registers.
 template <class Op>
 void transpose_words(const typename Op::Storage* rows, int64_t stride, int64_t K, int64_t width, Word<Op>* to) {
-  constexpr int lanes = kLanes<Word<Op>>;
+  constexpr int lanes = kLanes<Word<Op>>, part = kPartLanes<Word<Op>>;
   int64_t k = 0;
-  for (; k + lanes * Op::kTerms <= K; k += lanes * Op::kTerms, to += lanes * width) {
-    Vec<Word<Op>> square[lanes];
-    load_transposed<Op>(rows + k, stride, square);
-    for (int i = 0; i < lanes; ++i) store(to + i * width, square[i]);
+  for (; k + part * Op::kTerms <= K; k += part * Op::kTerms, to += part * width) {
+    Vec<Word<Op>> columns[part];
+    load_transposed<Op>(rows + k, stride, columns);
+#pragma GCC unroll 4
+    for (int i = 0; i < part; ++i) store(to + i * width, columns[i]);
   }
   for (; k < K; k += Op::kTerms, to += width) {
     for (int i = 0; i < lanes; ++i) to[i] = Op::word(rows + i * stride + k, K - k);

@@ -67,10 +67,10 @@ void pack(const LstmPack<T>& a, const Parallel& parallel) {
 }
 
 // A layer's weights for a pass over so many steps: as they have been packed, or packed here, or, for a few steps, where
-// they lie: a copy costs as much as reading them a few times.
+// they lie: a copy costs as much as reading them a few times. `own` holds the copy.
 template <class Op, class T = typename Op::Storage>
-LayerWeights<Op> weights_for(const LstmForward<T>& a, const Parallel& parallel) {
-  constexpr int64_t kStepsInPlace = 3;
+LayerWeights<Op> weights_for(const LstmForward<T>& a, const Parallel& parallel, Scratch<char>* own) {
+  constexpr int64_t kStepsInPlace = 2;
   const auto words_in = [](const void* packed) {
     return reinterpret_cast<const Word<Op>*>(static_cast<const char*>(packed) + sizeof(LstmPackHeader));
   };
@@ -78,9 +78,9 @@ LayerWeights<Op> weights_for(const LstmForward<T>& a, const Parallel& parallel) 
     return {words_in(a.packed), nullptr, nullptr, a.I, a.H, a.P};
   }
   if (a.steps <= kStepsInPlace && !a.quantised) return {nullptr, a.weight_ih, a.weight_hh, a.I, a.H, a.P};
-  void* packed = scratch<char>(Slot::kKernel, packed_bytes<Op>(a.I, a.H, a.P));
-  pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, a.quantised, packed, a.I, a.H, a.P}, parallel);
-  return {words_in(packed), nullptr, nullptr, a.I, a.H, a.P};
+  *own = scratch<char>(Slot::kLstmForwardWeights, packed_bytes<Op>(a.I, a.H, a.P));
+  pack<Op>(LstmPack<T>{a.weight_ih, a.weight_hh, a.quantised, own->get(), a.I, a.H, a.P}, parallel);
+  return {words_in(own->get()), nullptr, nullptr, a.I, a.H, a.P};
 }
 
 template <class Op>
@@ -116,18 +116,18 @@ void run_forward(const LstmForward<T>& a, const LayerWeights<Op>& weights, Sum<O
   using S = Sum<Op>;
   using Projection = typename Op::Projection;
   const bool projects = a.variant.weight_hr != nullptr;
-  const int64_t rows = schedule.rows(), shared = rows * round_up(a.P, Op::kTerms);
-  const auto [before, after] = carve<typename Op::Shared>(Slot::kHidden, {shared, shared});
+  const int64_t rows = schedule.rows(), handed = rows * round_up(a.P, Op::kTerms);
+  const auto [before, after] = carve<typename Op::Handed>(Slot::kLstmHidden, {handed, handed});
   const auto [packed_hr, unprojected] = carve<Word<Projection>>(
-      Slot::kProjection, {projects ? panels_of<S>(a.P) * words_of<Projection>(a.H) * kUnits<S> : 0,
-                          projects ? rows * words_of<Projection>(a.H) : 0});
+      Slot::kLstmProjection, {projects ? panels_of<S>(a.P) * words_of<Projection>(a.H) * kUnits<S> : 0,
+                              projects ? rows * words_of<Projection>(a.H) : 0});
   const int64_t pairs = a.variant.norm_gates != nullptr ? 2 * panels_of<S>(a.H) * rows : 0;
   const int64_t together = Forward<Op>::steps_together(rows, schedule.steps());
-  const auto [of_inputs, of_hidden, of_cells] = carve<S>(Slot::kMoments, {together * pairs, pairs, pairs});
+  const auto [of_inputs, of_hidden, of_cells] = carve<S>(Slot::kLstmMoments, {together * pairs, pairs, pairs});
   if (projects) pack_rows<Projection>(a.variant.weight_hr, a.P, a.H, packed_hr);
   if (schedule.ragged()) {  // tiles are multiplied whole
-    copy_or_zero<typename Op::Shared>(before, nullptr, shared);
-    copy_or_zero<typename Op::Shared>(after, nullptr, shared);
+    copy_or_zero<typename Op::Handed>(before, nullptr, handed);
+    copy_or_zero<typename Op::Handed>(after, nullptr, handed);
     if (projects) clear_tiles<Projection>(unprojected, rows, a.H);
   }
   const Forward<Op> layer = {a,
@@ -145,8 +145,9 @@ void run_forward(const LstmForward<T>& a, const LayerWeights<Op>& weights, Sum<O
 
 template <class Op, class T = typename Op::Storage>
 void forward(const LstmForward<T>& a, const Schedule& schedule, const Parallel& parallel) {
-  const LayerWeights<Op> weights = weights_for<Op>(a, parallel);
-  const Running<T> cell(Slot::kCell, a.c_n, a.c_0, a.B * a.H);
+  Scratch<char> own;
+  const LayerWeights<Op> weights = weights_for<Op>(a, parallel, &own);
+  const Running<T> cell(Slot::kLstmCell, a.c_n, a.c_0, a.B * a.H);
   const Parallel threads = threads_for(schedule.tokens() * a.H * (a.I + a.P) * 8, parallel);
   // With layer norm a thread walks along rows, from panel to panel: its own ones alone stay in its cache. Weights where
   // they lie are transposed by one thread each.
@@ -195,9 +196,9 @@ void run_backward(const LstmBackward<T>& a, const BackwardState<T>& state, Sum<O
   // A single step multiplies by the weights once: where they lie.
   const int64_t weights = a.steps > 1 ? panels_of<S>(a.P) * backward_panel_words<Op>(a.H) : 0;
   const auto [recurrent, packed_hr, before, after, dh] =
-      carve<Word<Op>>(Slot::kKernel, {weights, projects ? panels * words_of<Op>(a.P) * kUnits<S> : 0, gates, gates,
-                                      projects ? rows * words_of<Op>(a.P) : 0});
-  const auto [of_cells, of_gates] = carve<S>(Slot::kMoments, {pairs, pairs});
+      carve<Word<Op>>(Slot::kLstmBackwardWeights, {weights, projects ? panels * words_of<Op>(a.P) * kUnits<S> : 0,
+                                                   gates, gates, projects ? rows * words_of<Op>(a.P) : 0});
+  const auto [of_cells, of_gates] = carve<S>(Slot::kLstmBackwardMoments, {pairs, pairs});
   if (schedule.ragged()) {  // tiles are multiplied whole
     copy_or_zero<Word<Op>>(before, nullptr, gates);
     copy_or_zero<Word<Op>>(after, nullptr, gates);
@@ -222,8 +223,8 @@ void run_backward(const LstmBackward<T>& a, const BackwardState<T>& state, Sum<O
 template <class Op, class T = typename Op::Storage>
 void backward_through_time(const LstmBackward<T>& a, const Schedule& schedule, const BackwardState<T>& state,
                            double* norm_cell, const Parallel& parallel) {
-  const Running<T> grad_h(Slot::kHidden, a.grad_h_0, a.grad_h_n, a.B * a.P);
-  const Running<T> grad_c(Slot::kCell, a.grad_c_0, a.grad_c_n, a.B * a.H);
+  const Running<T> grad_h(Slot::kLstmGradHidden, a.grad_h_0, a.grad_h_n, a.B * a.P);
+  const Running<T> grad_c(Slot::kLstmGradCell, a.grad_c_0, a.grad_c_n, a.B * a.H);
   const Parallel threads = threads_for(schedule.tokens() * a.H * a.P * 8, parallel);
   // The gradients of the gains of layer norm are sums over all rows of a step, in one order.
   const bool apart = a.variant.norm_gates == nullptr && a.steps > 1;
@@ -247,9 +248,10 @@ void backward(const LstmBackward<T>& a, const Schedule& schedule, const Parallel
   const bool recompute = a.gates == nullptr;
   const int64_t N = tokens.count(), width = 4 * a.H;
   const auto [own_gates, grad_hidden, unprojected, grad_projected, normalized] =
-      carve<T>(Slot::kGates, {a.grad_gates == nullptr ? N * width : 0, norm ? N * width : 0, projects ? N * a.H : 0,
-                              projects ? N * a.P : 0, recompute && norm ? 2 * N * width : 0});
-  S* scales = scratch<S>(Slot::kScales, recompute && norm ? 4 * N : 0);
+      carve<T>(Slot::kLstmGates, {a.grad_gates == nullptr ? N * width : 0, norm ? N * width : 0, projects ? N * a.H : 0,
+                                  projects ? N * a.P : 0, recompute && norm ? 2 * N * width : 0});
+  const auto own_scales = scratch<S>(Slot::kLstmScales, recompute && norm ? 4 * N : 0);
+  S* scales = own_scales;
   T* grad_gates = a.grad_gates == nullptr ? own_gates : a.grad_gates;
   const BackwardState<T> state = {recompute ? grad_gates : a.gates,
                                   recompute ? normalized : a.normalized,

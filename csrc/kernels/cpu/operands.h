@@ -10,8 +10,6 @@
 // Sums are float32 (float64 for double). Where k is not a multiple of a word's terms the last word is filled with 0.
 #pragma once
 
-#include <type_traits>
-
 #include "kernels/cpu/storage.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
@@ -21,15 +19,16 @@ struct Wide {
   using Storage = T;
   using Sum = Widened<T>;
   using Word = Sum;
-  using Shared = Word;      // what workers hand one another: lstm/tiles.h
+  using Handed = Word;      // what workers hand one another: lstm/tiles.h
   using Projection = Wide;  // what multiplies by W_hr
   static constexpr int kTerms = 1;
-  static constexpr bool kAsStored = std::is_same_v<T, Word>;  // a word is what memory holds
 
   // The terms at `from`, of which `available` exist, one beside the other.
   static Word word(const T* from, int64_t) { return widen(*from); }
   // As many words as there are lanes, one beside the other.
   static Vec<Word> words(const T* from) { return load_wide(from); }
+  // The words of a part of a vector at each of as many places as it has parts.
+  static Vec<Word> parts(const T* from, int64_t stride) { return load_wide_parts(from, stride); }
   // `count` words whose first terms lie beside one another, as do their second ones, `stride` further on.
   static void line(const T* from, int64_t, int64_t, int64_t count, Word* to) { convert(to, from, count); }
   // Of vectors or halves of them.
@@ -55,10 +54,9 @@ struct Bf16Pairs {
   using Storage = bfloat16;
   using Sum = float;
   using Word = int32_t;
-  using Shared = Word;
+  using Handed = Word;
   using Projection = Bf16Pairs;
   static constexpr int kTerms = 2;
-  static constexpr bool kAsStored = true;
 
   static Word word(const bfloat16* from, int64_t available) {
     const uint32_t second = available > 1 ? from[1].bits : 0;
@@ -68,6 +66,9 @@ struct Bf16Pairs {
     IntVec v;
     memcpy(&v, from, sizeof v);
     return v;
+  }
+  static Vec<Word> parts(const bfloat16* from, int64_t stride) {
+    return load_parts<Word>(from, stride * static_cast<int64_t>(sizeof *from));
   }
   static void line(const bfloat16* from, int64_t stride, int64_t available, int64_t count, Word* to) {
     for_lanes<float>(0, count, [&](int64_t i, int64_t n) {

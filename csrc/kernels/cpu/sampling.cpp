@@ -7,7 +7,7 @@
 // each long row.
 #include "kernels/sampling.h"
 
-#include "kernels/cpu/sampling/row.h"
+#include "kernels/cpu/sampling/row_sampler.h"
 #include "kernels/run.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {

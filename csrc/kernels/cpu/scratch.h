@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A kernel's working memory: that which its thread keeps (kernels/thread_memory.h), and buffers for one call.
+// A kernel's working memory: slots that its thread keeps (kernels/thread_memory.h), and buffers for one call.
 #pragma once
 
 #include <array>
@@ -22,7 +22,8 @@ class Scratch {
       : memory_(static_cast<T*>(hold_thread_memory(slot, static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)))),
         slot_(slot) {}
 
-  operator T*() const { return memory_; }
+  operator T*() const& { return memory_; }
+  operator T*() && = delete;  // nobody would hold it
   T* get() const { return memory_; }
 
 #ifdef LLMKERN_DEBUG

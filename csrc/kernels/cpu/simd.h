@@ -213,7 +213,8 @@ constexpr int kPartLanes = 16 / static_cast<int>(sizeof(T));
 
 // The part at each of as many places as a vector has parts, `stride` bytes from one to the next.
 template <class T>
-inline Vec<T> load_parts(const char* from, int64_t stride) {
+inline Vec<T> load_parts(const void* first, int64_t stride) {
+  const char* from = static_cast<const char*>(first);
 #if defined(__AVX512F__)
   const auto part = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * stride)); };
   __m512i v = _mm512_maskz_broadcast_i32x4(0x000f, part(0));
@@ -241,31 +242,22 @@ inline Vec<T> interleaved(Vec<T> a, Vec<T> b) {
   return __builtin_shuffle(a, b, from);
 }
 
-// square[k][i] = element k of row i, for as many rows as there are lanes, `stride` bytes from one to the next. A vector
-// is loaded in parts of different rows, so that only squares of a part are left to transpose.
-template <class T>
-[[gnu::always_inline]] inline void load_parts_transposed(const void* rows, int64_t stride,
-                                                         Vec<T> (&square)[kLanes<T>]) {
-  constexpr int part = kPartLanes<T>;
-  const char* from = static_cast<const char*>(rows);
-#pragma GCC unroll 8
-  for (int k = 0; k < kLanes<T>; k += part) {
-    const auto row = [&](int i) {
-      return load_parts<T>(from + i * stride + k * static_cast<int64_t>(sizeof(T)), part * stride);
-    };
-    if constexpr (part == 2) {
-      const Vec<T> a = row(0), b = row(1);
-      square[k] = interleaved<T, 1, false>(a, b);
-      square[k + 1] = interleaved<T, 1, true>(a, b);
-    } else {
-      const Vec<T> a = row(0), b = row(1), c = row(2), d = row(3);
-      const Vec<T> ab = interleaved<T, 1, false>(a, b), cd = interleaved<T, 1, false>(c, d);
-      const Vec<T> ab_upper = interleaved<T, 1, true>(a, b), cd_upper = interleaved<T, 1, true>(c, d);
-      square[k] = interleaved<T, 2, false>(ab, cd);
-      square[k + 1] = interleaved<T, 2, true>(ab, cd);
-      square[k + 2] = interleaved<T, 2, false>(ab_upper, cd_upper);
-      square[k + 3] = interleaved<T, 2, true>(ab_upper, cd_upper);
-    }
+// columns[k][i] = element k of row i, for as many rows as there are lanes and as many k as a part has. load(i) gives a
+// vector of parts, those of rows i, i + kPartLanes, ...: only squares of a part are left to transpose.
+template <class T, class Load>
+[[gnu::always_inline]] inline void load_columns(const Load& load, Vec<T> (&columns)[kPartLanes<T>]) {
+  const Vec<T> a = load(0), b = load(1);
+  if constexpr (kPartLanes<T> == 2) {
+    columns[0] = interleaved<T, 1, false>(a, b);
+    columns[1] = interleaved<T, 1, true>(a, b);
+  } else {
+    const Vec<T> c = load(2), d = load(3);
+    const Vec<T> ab = interleaved<T, 1, false>(a, b), cd = interleaved<T, 1, false>(c, d);
+    const Vec<T> ab_upper = interleaved<T, 1, true>(a, b), cd_upper = interleaved<T, 1, true>(c, d);
+    columns[0] = interleaved<T, 2, false>(ab, cd);
+    columns[1] = interleaved<T, 2, true>(ab, cd);
+    columns[2] = interleaved<T, 2, false>(ab_upper, cd_upper);
+    columns[3] = interleaved<T, 2, true>(ab_upper, cd_upper);
   }
 }
 

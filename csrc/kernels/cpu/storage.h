@@ -95,6 +95,33 @@ inline Vec<Widened<T>> load_wide(const T* from, int64_t count = kWideLanes<T>) {
   }
 }
 
+// Parts as load_parts() of simd.h gives them, of words that are widened elements.
+template <class T>
+inline Vec<Widened<T>> load_wide_parts(const T* from, int64_t stride) {
+  if constexpr (sizeof(T) > 2) {
+    return load_parts<T>(from, stride * static_cast<int64_t>(sizeof(T)));
+  } else {
+#if defined(__AVX2__)
+    const auto pair = [&](const T* low, const T* high) {
+      const __m128d lower = _mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)));
+      return _mm_castpd_si128(_mm_loadh_pd(lower, reinterpret_cast<const double*>(high)));
+    };
+    HalfVec bits;
+#if defined(__AVX512F__)
+    const __m256i four = _mm256_inserti128_si256(_mm256_castsi128_si256(pair(from, from + stride)),
+                                                 pair(from + 2 * stride, from + 3 * stride), 1);
+#else
+    const __m128i four = pair(from, from + stride);
+#endif
+    memcpy(&bits, &four, sizeof bits);
+    return widen_bits(T{}, bits);
+#else
+    static_cast<void>(stride);
+    return load_wide(from);
+#endif
+  }
+}
+
 // The first `count` lanes, rounded to T.
 template <class T>
 inline void store_narrow(T* to, Vec<Widened<T>> v, int64_t count = kWideLanes<T>) {

@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 
-from llmkern.ops._derivatives import in_forward_mode, one_by_one, vjp
+from llmkern.ops._derivatives import (
+    in_forward_mode,
+    one_by_one,
+    register_autograd,
+    saved_tensors,
+    vjp,
+)
 from llmkern.ops.cross_entropy import composite
 
 # Among the arguments of llmkern::linear_cross_entropy: those that may have gradients, and all tensors.
@@ -21,7 +27,7 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-    *saved, input_gradient = ctx.saved_tensors  # once: a checkpoint computes them for a single look
+    *saved, input_gradient = saved_tensors(ctx)
     tensors, needs = saved[_TENSORS], ctx.needs_input_grad[_TENSORS]
     # What no kernel computes: anything in forward mode, and the gradient of class weights.
     composed = [i for i in range(5) if needs[i] and (in_forward_mode() or i == _CLASS_WEIGHT)]
@@ -68,7 +74,7 @@ def _save_for_second_backward(ctx, inputs, output) -> None:  # type: ignore[no-u
 
 def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     """Differentiates the gradients of the composite loss; whoever asks for a graph of that gets one."""
-    saved = ctx.saved_tensors
+    saved = saved_tensors(ctx)
     needed = [i for i, needs in enumerate(ctx.needs_input_grad[: len(saved)]) if needs]
     wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs[i]]
     results = [None] * len(ctx.needs_input_grad)
@@ -86,13 +92,11 @@ def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     return tuple(results)
 
 
-torch.library.register_autograd(
-    "llmkern::linear_cross_entropy", _backward, setup_context=_save_for_backward
-)
-torch.library.register_autograd(
-    "llmkern::linear_cross_entropy_backward",
+register_autograd(torch.ops.llmkern.linear_cross_entropy.default, _backward, _save_for_backward)
+register_autograd(
+    torch.ops.llmkern.linear_cross_entropy_backward.default,
     _second_backward,
-    setup_context=_save_for_second_backward,
+    _save_for_second_backward,
 )
 
 

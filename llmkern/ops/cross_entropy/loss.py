@@ -65,52 +65,56 @@ def linear_cross_entropy(
     """
     for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         _checks.check_tensor(_OP, name, tensor)
-    tensors: Any = _autocast.cast(input, linear_weight, linear_bias, weight)
+    tensors = _autocast.cast(input, linear_weight, linear_bias, weight)
     input, linear_weight, linear_bias, weight = tensors
     _validate(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
-    soft = target.is_floating_point()
-    if soft and ignore_index is not None:
-        raise _checks.ShapeError(
-            f"llmkern.{_OP}: expected no ignore_index for probabilities, got {ignore_index}"
-        )
-    rows = input.shape[:-1]
-    if soft:
-        target = target.to(_checks.widened(input.dtype))
+    if target.is_floating_point():
+        if ignore_index is not None:
+            raise _checks.ShapeError(
+                f"llmkern.{_OP}: expected no ignore_index for probabilities, got {ignore_index}"
+            )
+        rows = target[..., 0]  # of this shape are the losses
+        flat = target.to(_checks.widened(input.dtype)).reshape(rows.numel(), target.shape[-1])
+    else:
+        rows, flat = target, target.reshape(-1)
     loss = _run(
         input.reshape(rows.numel(), input.shape[-1]),
         linear_weight,
         linear_bias,
-        target.reshape(rows.numel(), linear_weight.shape[0]) if soft else target.reshape(-1),
+        flat,
         weight,
         _REDUCTIONS[reduction],
         -100 if ignore_index is None else ignore_index,
         float(label_smoothing),
     )
-    return loss.view(rows) if reduction == "none" else loss
+    return loss.view(rows.shape) if reduction == "none" else loss
 
 
 def _run(*arguments: Any) -> Tensor:
     """The operator, or what takes its place where it has no kernel."""
     input, weight, bias, target, class_weight, *_, ignore_index, _ = arguments
-    if in_forward_mode() or (input.is_cuda and target.is_floating_point()):
+    transformed = torch._C._are_functorch_transforms_active()
+    # The compiler understands no autograd.Function under torch.func.
+    compiled = transformed and torch.compiler.is_dynamo_compiling()
+    if compiled or in_forward_mode() or (input.is_cuda and target.is_floating_point()):
         _check_classes(target, weight.shape[0], ignore_index)
         return composite.linear_cross_entropy(*arguments)
-    compiles = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if not compiles and torch._C._are_functorch_transforms_active():
+    if transformed:
         return autograd.Loss.apply(*arguments, False)[0]  # type: ignore[no-any-return,no-untyped-call]
     # Alone, the gradient of the input costs least where the logits are.
     others = (weight, bias, target, class_weight)
     alone = input.requires_grad and not any(t is not None and t.requires_grad for t in others)
-    saves = alone and torch.is_grad_enabled()
+    saves = alone and torch.is_grad_enabled() and not torch.jit.is_tracing()
     return torch.ops.llmkern.linear_cross_entropy.default(*arguments, saves)[0]  # type: ignore[no-any-return]
 
 
 def _check_classes(target: Tensor, V: int, ignore_index: int) -> None:
     """The operator's own check, where the values can be looked at."""
+    if target.is_cuda or target.is_floating_point() or torch.compiler.is_compiling():
+        return
     while torch._C._functorch.is_gradtrackingtensor(target):
         target = torch._C._functorch.get_unwrapped(target)
-    hidden = torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(target)
-    if hidden or target.is_cuda or target.is_floating_point():
+    if torch._C._functorch.is_batchedtensor(target):
         return
     wrong = ((target != ignore_index) & ((target < 0) | (target >= V))).nonzero()
     if len(wrong):
@@ -137,6 +141,10 @@ def _validate(
     _checks.check_same_device(_OP, {"input": input, "target": target})
     _checks.check_dim(_OP, "linear_weight", linear_weight, "V, D")
     V, D = linear_weight.shape
+    if V == 0:
+        raise _checks.ShapeError(
+            f"llmkern.{_OP}: expected at least one class, got linear_weight of shape [0, {D}]"
+        )
     if input.dim() == 0 or input.shape[-1] != D:
         raise ValueError(
             f"llmkern.{_OP}: expected input of shape [..., D] = [..., {D}], got {list(input.shape)}"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llmkern.ops import _checks
-from llmkern.ops._derivatives import vjp
+from llmkern.ops._derivatives import in_forward_mode, register_autograd, saved_tensors, vjp
 from llmkern.ops.lstm import composite, vmap
 from llmkern.ops.lstm.arguments import (
     LAYER,
@@ -39,8 +39,7 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 
 def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
-    # saved_tensors once: a checkpoint computes them for a single look.
-    kept = dict(zip((*LAYER, *MASKS, *SAVED), ctx.saved_tensors, strict=True))
+    kept = dict(zip((*LAYER, *MASKS, *SAVED), saved_tensors(ctx), strict=True))
     if not ctx.saved_enough:
         kept |= _saved_again(Forward(**_without(kept, SAVED), **ctx.options))
     # Autograd leaves out trailing arguments that have their default values.
@@ -49,7 +48,7 @@ def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
     upstream = dict(zip(UPSTREAM, grads, strict=False))
     weights, need_input = not wanted.isdisjoint(PARAMETERS), "input" in wanted
     call = Backward(**upstream, **kept, **ctx.options, weights=weights, need_input=need_input)
-    results = _run_backward(call)
+    results = run_backward(call)
     found = {
         name: getattr(results, f"grad_{name}")
         for name in wanted
@@ -84,7 +83,7 @@ def _save_for_second_backward(ctx, inputs, output) -> None:  # type: ignore[no-u
 
 def _second_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     """Differentiates the gradients of the composite layer; whoever asks for a graph of that gets one."""
-    given = dict(zip((*UPSTREAM, *LAYER, *MASKS), ctx.saved_tensors, strict=True))
+    given = dict(zip((*UPSTREAM, *LAYER, *MASKS), saved_tensors(ctx), strict=True))
     needs = zip(Backward._fields, ctx.needs_input_grad, strict=False)
     needed = [name for name, needs_grad in needs if needs_grad and name in given]
     wanted = [n for n, g in zip(BackwardResults._fields, grads, strict=True) if g is not None]
@@ -134,9 +133,15 @@ def _first_gradients(given: dict[str, Any], options: dict[str, Any], wanted: lis
     return tuple(empty if grad is None else grad.to(dtype) for grad in results)
 
 
-torch.library.register_autograd("llmkern::lstm", _backward, setup_context=_save_for_backward)
-torch.library.register_autograd(
-    "llmkern::lstm_backward", _second_backward, setup_context=_save_for_second_backward
+def _composite_backward(call: Backward) -> BackwardResults:
+    """What llmkern::lstm_backward computes, by operations that have derivatives in forward mode."""
+    given, options = _named(call, (*UPSTREAM, *LAYER, *MASKS)), _named(call, (*OPTIONS, "weights"))
+    return BackwardResults(*_first_gradients(given, options, list(BackwardResults._fields)))
+
+
+register_autograd(torch.ops.llmkern.lstm.default, _backward, _save_for_backward)
+register_autograd(
+    torch.ops.llmkern.lstm_backward.default, _second_backward, _save_for_second_backward
 )
 
 
@@ -197,7 +202,10 @@ def run(call: Forward) -> ForwardResults:
         return ForwardResults(*torch.ops.llmkern.lstm.default(*call))
 
 
-def _run_backward(call: Backward) -> BackwardResults:
+def run_backward(call: Backward) -> BackwardResults:
+    """llmkern::lstm_backward, or what has its derivatives where these are taken."""
+    if in_forward_mode():
+        return _composite_backward(call)
     if torch._C._are_functorch_transforms_active():
         return BackwardResults(*LayerBackward.apply(*call))  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled() or torch.compiler.is_compiling():

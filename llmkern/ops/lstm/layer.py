@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from llmkern.ops import _autocast, _checks
+from llmkern.ops._derivatives import in_forward_mode
 from llmkern.ops.lstm import autograd, composite
 from llmkern.ops.lstm.arguments import LAYER, Backward, BackwardResults, Forward, ForwardResults
 
@@ -133,7 +133,7 @@ def lstm(
 def _returned(results: Sequence[Tensor], projected: bool, return_cells: bool) -> tuple[Tensor, ...]:
     output, h_n, c_n, cells = results[:4]
     if projected:
-        output, h_n = _autocast.cast_product(output), _autocast.cast_product(h_n)
+        output, h_n = _autocast.cast(output, h_n)  # the projection is a product, and has its dtype
     return (output, h_n, c_n, cells) if return_cells else (output, h_n, c_n)
 
 
@@ -201,7 +201,7 @@ def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, *, dtype: torch.dtype | None
 def _beyond_kernels(input: Tensor, variant: bool) -> bool:
     """Whether this takes the composite layer: variants on CUDA, and derivatives in forward mode (torch.func.jvp)."""
     # Not every input is a tensor: the operator has still to say so.
-    return (variant and getattr(input, "is_cuda", False)) or forward_ad._current_level >= 0
+    return (variant and getattr(input, "is_cuda", False)) or in_forward_mode()
 
 
 def _saves(op: str, tensors: Sequence[Tensor | None], packed: Tensor | None) -> bool:

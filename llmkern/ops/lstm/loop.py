@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from llmkern.ops import _checks
+from llmkern.ops._derivatives import in_forward_mode
+from llmkern.ops.lstm.arguments import LAYER, MASKS, SAVED, UPSTREAM, Backward
+from llmkern.ops.lstm.autograd import run_backward
 from llmkern.ops.lstm.layer import WRONG_ARGUMENTS, error_in_arguments
 
 Weights = Sequence[Tensor | None]
@@ -105,9 +108,12 @@ class _Step(Function):
         if grad_h is None and grad_c is None:
             return (None,) * 9
         input, h_0, c_0, w_ih, w_hh, bias_ih, bias_hh, saved, h_1 = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or in_forward_mode():
             layer = input, h_0, c_0, w_ih, w_hh, bias_ih, bias_hh
-            return None, *_differentiable(grad_h, grad_c, layer, saved, h_1)
+            call = _layer_backward(grad_h, grad_c, layer, saved, h_1)
+            needs = ctx.needs_input_grad
+            call = call._replace(need_input=needs[1], weights=any(needs[5:]))
+            return None, *_differentiable(call)
         loop = ctx.loop
         with torch._C._AutoDispatchBelowAutograd():
             grad_x, grad_h_0, grad_c_0, grad_gates = _STEP_BACKWARD(
@@ -120,21 +126,28 @@ class _Step(Function):
         return None, grad_x, grad_h_0, grad_c_0, *[None] * 5
 
 
-def _differentiable(grad_h, grad_c, layer, saved, h_1):  # type: ignore[no-untyped-def]
-    """A step's gradients by the operator that has derivatives in its turn, those of the weights included."""
+def _layer_backward(grad_h, grad_c, layer, saved, h_1) -> Backward:  # type: ignore[no-untyped-def]
+    """A step's backward pass as that of a layer of one step, which has derivatives in its turn."""
     input, *others = layer
     cell = layer[2]
     wide = _checks.widened(cell.dtype)
     size = cell.numel() * wide.itemsize
-    cells = saved[:size].view(wide).view_as(cell).unsqueeze(0)
-    gates = saved[size:].view(cell.dtype).view(1, len(cell), -1)
-    none = cell.new_empty(0)
-    grad_x, grad_h_0, grad_c_0, _, grad_ih, grad_hh, grad_bias, *_ = (
-        torch.ops.llmkern.lstm_backward.default(
-            *(None, grad_h, grad_c, None, input.unsqueeze(0), *others),
-            *[None] * 6,
-            *(h_1.unsqueeze(0), cells, gates, none, none.to(wide)),
-        )
-    )
-    biases = (None, None) if layer[5] is None else (grad_bias, grad_bias.clone())
-    return grad_x.squeeze(0), grad_h_0, grad_c_0, None, grad_ih, grad_hh, *biases
+    given: dict[str, Any] = dict.fromkeys((*UPSTREAM, *LAYER, *MASKS, *SAVED))
+    given |= zip(LAYER, (input.unsqueeze(0), *others), strict=False)
+    given |= {"grad_h_n": grad_h, "grad_c_n": grad_c, "output": h_1.unsqueeze(0)}
+    given["cells"] = saved[:size].view(wide).view_as(cell).unsqueeze(0)
+    given["gates"] = saved[size:].view(cell.dtype).view(1, len(cell), -1)
+    given |= {"normalized": cell.new_empty(0), "scales": cell.new_empty(0, dtype=wide)}
+    return Backward(**given)
+
+
+def _differentiable(call: Backward) -> tuple[Tensor | None, ...]:
+    """The gradients of a step's input, states, token and weights."""
+    grads = run_backward(call)
+    grad_x = grads.grad_input.squeeze(0) if call.need_input else None
+    if not call.weights:
+        return grad_x, grads.grad_h_0, grads.grad_c_0, *[None] * 5
+    bias = grads.grad_bias
+    biases = (None, None) if call.bias_ih is None else (bias, bias.clone())
+    states = grads.grad_h_0, grads.grad_c_0
+    return grad_x, *states, None, grads.grad_weight_ih, grads.grad_weight_hh, *biases

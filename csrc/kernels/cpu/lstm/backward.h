@@ -47,10 +47,11 @@ struct Backward {
   // What a worker keeps, for its panels.
   struct Work {
     const Share& share;
-    S* dh;      // [B][kUnits]: of one panel
-    S* hidden;  // [panels][B][kUnits]: the gradient of o * tanh(c); with layer norm, then that of normalised c
-    S* gates;   // [panels][B][kGatesWidth]: da, with layer norm
-    T* handed;  // [panels, or one][B][kGatesWidth]: the gradient of W_hh h, until all rows have it
+    Carved<S, 3> memory;  // of the next three
+    S* dh;                // [B][kUnits]: of one panel
+    S* hidden;          // [panels][B][kUnits]: the gradient of o * tanh(c); with layer norm, then that of normalised c
+    S* gates;           // [panels][B][kGatesWidth]: da, with layer norm
+    Scratch<T> handed;  // [panels, or one][B][kGatesWidth]: the gradient of W_hh h, until all rows have it
     int64_t handed_panel;  // from one panel of it to the next: 0 if there is but one
     Zoneouts<T> zoneouts;
 
@@ -75,7 +76,7 @@ struct Backward {
   int64_t gate_words() const { return words_of<Op>(a.H); }
   int64_t panel_words() const { return backward_panel_words<Op>(a.H); }
   ColumnsInPlace<Op> recurrent_in_place(int64_t panel) const {
-    return {a.weight_hh, a.P, a.H, panel, scratch<Word<Op>>(Slot::kPanel, kBlockWords<Op, 1> * kUnits<S>)};
+    return {a.weight_hh, a.P, a.H, panel, scratch<Word<Op>>(Slot::kLstmColumnsInPlace, kBlockWords<Op, 1> * kUnits<S>)};
   }
   int64_t projection_words() const { return words_of<Op>(a.P) * kUnits<S>; }
   bool norm() const { return a.variant.norm_gates != nullptr; }
@@ -112,14 +113,14 @@ template <class Op>
 typename Backward<Op>::Work Backward<Op>::work(const Share& share) const {
   const int64_t size = (share.end - share.begin) * schedule.rows() * kUnits<S>;
   const int64_t of_gates = norm() ? 4 * size : 0, of_panel = schedule.rows() * kGatesWidth<S>;
-  const auto [dh, hidden, gates] =
-      carve<S>(Slot::kPackedA, {round_up(schedule.rows(), kBackwardRows) * kUnits<S>, size, of_gates});
-  T* handed = scratch<T>(Slot::kPackedB, norm() ? of_gates : of_panel);
+  auto memory = carve<S>(Slot::kLstmGradStep, {round_up(schedule.rows(), kBackwardRows) * kUnits<S>, size, of_gates});
+  S *dh = memory[0], *hidden = memory[1], *gates = memory[2];
   return {share,
+          std::move(memory),
           dh,
           hidden,
           gates,
-          handed,
+          scratch<T>(Slot::kLstmHanded, norm() ? of_gates : of_panel),
           norm() ? of_panel : 0,
           Zoneouts<T>::of(a.variant, schedule.rows(), a.H, a.P, share)};
 }

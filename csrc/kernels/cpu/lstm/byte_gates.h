@@ -21,7 +21,7 @@ struct Bytes {
   using Storage = float;
   using Sum = float;
   using Word = int32_t;  // four weights, or four halves of activations
-  using Shared = float;  // h: its scale is known when all of it is there
+  using Handed = float;  // h: its scale is known when all of it is there
   using Projection = Wide<float>;
   static constexpr int kTerms = 4;
   // Beyond, a sum of products might not fit into 32 bits.
@@ -107,17 +107,17 @@ struct Gates<Bytes> {
   static void fill(const float* from, int64_t row, int64_t, int64_t K, int32_t* tiles) {
     ByteRow::fill(from, K, tiles + row * ByteRow::size(K));
   }
-  static void share(const float* from, int64_t count, int64_t row, int64_t k, int64_t, int64_t K, float* shared) {
-    memcpy(shared + row * K + k, from, static_cast<size_t>(count) * sizeof(float));
+  static void hand_over(const float* from, int64_t count, int64_t row, int64_t k, int64_t, int64_t K, float* handed) {
+    memcpy(handed + row * K + k, from, static_cast<size_t>(count) * sizeof(float));
   }
-  static void share_tile(const float* rows, int64_t width, int64_t first, int64_t count, int64_t k, int64_t M,
-                         int64_t K, float* shared) {
-    for (int64_t i = 0; i < count; ++i) share(rows + i * kUnits<float>, width, first + i, k, M, K, shared);
+  static void hand_over_tile(const float* rows, int64_t width, int64_t first, int64_t count, int64_t k, int64_t M,
+                             int64_t K, float* handed) {
+    for (int64_t i = 0; i < count; ++i) hand_over(rows + i * kUnits<float>, width, first + i, k, M, K, handed);
   }
   // Every worker makes its own: that takes less than another barrier.
-  static const int32_t* tiles(const float* shared, int64_t M, int64_t K) {
-    int32_t* own = scratch<int32_t>(Slot::kTiles, tile_words(M, K));
-    for (int64_t row = 0; row < M; ++row) fill(shared + row * K, row, M, K, own);
+  static Scratch<int32_t> tiles(const float* handed, int64_t M, int64_t K) {
+    auto own = scratch<int32_t>(Slot::kLstmByteTiles, tile_words(M, K));
+    for (int64_t row = 0; row < M; ++row) fill(handed + row * K, row, M, K, own);
     return own;
   }
 

@@ -23,13 +23,13 @@ template <class Op>
 struct Forward {
   using T = typename Op::Storage;
   using S = Sum<Op>;
-  using Shared = typename Op::Shared;
+  using Handed = typename Op::Handed;
   using Projection = typename Op::Projection;
 
   const LstmForward<T>& a;
   const Schedule& schedule;
   LayerWeights<Op> weights;
-  Shared* hidden[2];                    // [B, P]: h of the step before, and of this step
+  Handed* hidden[2];                    // [B, P]: h of the step before, and of this step
   const Word<Projection>* packed_hr;    // [panels of P][words of H][kUnits]
   Word<Projection>* unprojected_tiles;  // [B, H]: o * tanh(c) of this step
   S* cell;                              // [B, H]: the running c
@@ -38,13 +38,14 @@ struct Forward {
   // What a worker keeps, for its panels.
   struct Work {
     const Share& share;
-    int64_t together;       // steps whose input products are made at once
-    int64_t group;          // panels whose products with h are made before their gates
-    Word<Op>* input_tiles;  // [together * B, I] in tiles
-    S* inputs;              // [panels][together * B][kGatesWidth]: products of the input, rows in the order of steps
-    S* products;            // [panels, or a group][B][kGatesWidth]: those of h
-    S* projection;          // [B][kUnits]
-    Moments<S>* moments;    // [B]: of the cells, with layer norm
+    int64_t together;               // steps whose input products are made at once
+    int64_t group;                  // panels whose products with h are made before their gates
+    Scratch<Word<Op>> input_tiles;  // [together * B, I] in tiles
+    Carved<S, 3> memory;            // of the next three
+    S* inputs;      // [panels][together * B][kGatesWidth]: products of the input, rows in the order of steps
+    S* products;    // [panels, or a group][B][kGatesWidth]: those of h
+    S* projection;  // [B][kUnits]
+    Scratch<Moments<S>> moments;  // [B]: of the cells, with layer norm
     Zoneouts<T> zoneouts;
 
     S* input_row(int64_t panel, int64_t i, int64_t B) const {
@@ -84,22 +85,22 @@ struct Forward {
 
   void run(const Share& share) const;
   Work work(const Share& share) const;
-  void begin_rows(const Work& work, int64_t step, Shared* to) const;
+  void begin_rows(const Work& work, int64_t step, Handed* to) const;
   void multiply_inputs(const Work& work, int64_t step, int64_t steps) const;
   void normalize_inputs(const Work& work, int64_t step, int64_t steps) const;
   void run_step(const Work& work, int64_t step) const;
   void run_normalized_step(const Work& work, int64_t step) const;
   void normalize_row(const Work& work, int64_t t, int64_t i, int64_t input_row) const;
-  void finish_normalized(const Work& work, int64_t panel, int64_t t, Shared* after) const;
-  void project(const Work& work, int64_t t, Shared* after) const;
+  void finish_normalized(const Work& work, int64_t panel, int64_t t, Handed* after) const;
+  void project(const Work& work, int64_t t, Handed* after) const;
   void fetch(int64_t panel, int64_t t, int64_t i) const;
   Units units(int64_t panel) const;
   Unit activate(const Work& work, const Units& units, int64_t i, int64_t t, const S* sums, const S* more) const;
-  void finish(const Work& work, int64_t panel, int64_t t, const S* inputs, const S* products, Shared* after) const;
-  void emit(const Work& work, int64_t panel, int64_t t, int64_t i, const Vec<S>* outputs, Shared* after) const;
+  void finish(const Work& work, int64_t panel, int64_t t, const S* inputs, const S* products, Handed* after) const;
+  void emit(const Work& work, int64_t panel, int64_t t, int64_t i, const Vec<S>* outputs, Handed* after) const;
   void emit_unprojected(int64_t panel, int64_t first, int64_t count, const Vec<S>* outputs) const;
   void emit_hidden(const Work& work, int64_t panel, int64_t t, int64_t first, int64_t count, const Vec<S>* outputs,
-                   Shared* after) const;
+                   Handed* after) const;
   Vec<S> zone_out(const Work& work, int64_t panel, int64_t t, int64_t i, Vec<S> h) const;
 };
 
@@ -107,18 +108,25 @@ template <class Op>
 typename Forward<Op>::Work Forward<Op>::work(const Share& share) const {
   const int64_t together = steps_together(schedule.rows(), schedule.steps()), panels = share.end - share.begin;
   const int64_t group = kFinishRows / schedule.rows() + 1, size = schedule.rows() * kGatesWidth<S>;
-  Word<Op>* tiles = scratch<Word<Op>>(Slot::kPackedA, Gates<Op>::tile_words(together * schedule.rows(), a.I));
-  const auto [inputs, products, projection] =
-      carve<S>(Slot::kPackedB, {together * panels * size, (norm() ? panels : group) * size, projects() ? size : 0});
-  Moments<S>* moments = scratch<Moments<S>>(Slot::kSums, norm() ? schedule.rows() : 0);
-  return {share,      together, group,
-          tiles,      inputs,   products,
-          projection, moments,  Zoneouts<T>::of(a.variant, schedule.rows(), a.H, a.P, share)};
+  auto tiles = scratch<Word<Op>>(Slot::kLstmInputTiles, Gates<Op>::tile_words(together * schedule.rows(), a.I));
+  auto memory = carve<S>(Slot::kLstmProducts,
+                         {together * panels * size, (norm() ? panels : group) * size, projects() ? size : 0});
+  S *inputs = memory[0], *products = memory[1], *projection = memory[2];
+  return {share,
+          together,
+          group,
+          std::move(tiles),
+          std::move(memory),
+          inputs,
+          products,
+          projection,
+          scratch<Moments<S>>(Slot::kLstmCellMoments, norm() ? schedule.rows() : 0),
+          Zoneouts<T>::of(a.variant, schedule.rows(), a.H, a.P, share)};
 }
 
 // h_0 of the rows whose first step this is, the share's columns.
 template <class Op>
-void Forward<Op>::begin_rows(const Work& work, int64_t step, Shared* to) const {
+void Forward<Op>::begin_rows(const Work& work, int64_t step, Handed* to) const {
   const Share share = projected<S>(work.share, a.H, a.P);
   const int64_t t = schedule.time(step);
   const T zeros[kUnits<S>] = {};
@@ -127,7 +135,7 @@ void Forward<Op>::begin_rows(const Work& work, int64_t step, Shared* to) const {
     const bool reset = resets(a.variant, t, row, a.B);
     for (int64_t p = share.begin; p < share.end; ++p) {
       const T* from = reset ? zeros : a.h_0 + row * a.P + p * kUnits<S>;
-      Gates<Op>::share(from, units_of<S>(p, a.P), i, p * kUnits<S>, schedule.rows(), a.P, to);
+      Gates<Op>::hand_over(from, units_of<S>(p, a.P), i, p * kUnits<S>, schedule.rows(), a.P, to);
     }
   }
 }
@@ -222,7 +230,7 @@ template <class Op>
 // A panel's part of a step, after its products.
 template <class Op>
 void Forward<Op>::finish(const Work& work, int64_t panel, int64_t t, const S* inputs, const S* products,
-                         Shared* after) const {
+                         Handed* after) const {
   const Units those = units(panel);
   const int64_t active = schedule.active(t);
   Vec<S> outputs[kForwardRows];
@@ -237,7 +245,7 @@ void Forward<Op>::finish(const Work& work, int64_t panel, int64_t t, const S* in
 // o * tanh(c) of a row and panel is outputs[i % kForwardRows]: with the last row of a tile, all of them go on.
 template <class Op>
 [[gnu::always_inline]] inline void Forward<Op>::emit(const Work& work, int64_t panel, int64_t t, int64_t i,
-                                                     const Vec<S>* outputs, Shared* after) const {
+                                                     const Vec<S>* outputs, Handed* after) const {
   const int64_t first = i / kForwardRows * kForwardRows, count = i + 1 - first;
   if (count < kForwardRows && i + 1 < schedule.active(t)) return;
   if (projects()) {
@@ -260,7 +268,7 @@ void Forward<Op>::emit_unprojected(int64_t panel, int64_t first, int64_t count, 
 // A panel of h of the rows of one tile: to the output, and to what the next step reads.
 template <class Op>
 void Forward<Op>::emit_hidden(const Work& work, int64_t panel, int64_t t, int64_t first, int64_t count,
-                              const Vec<S>* outputs, Shared* after) const {
+                              const Vec<S>* outputs, Handed* after) const {
   const int64_t P = a.P, column = panel * kUnits<S>, n = units_of<S>(panel, P), next = schedule.time_after(t);
   const int64_t go_on = schedule.active(next) - first;
   T carried[kForwardRows * kUnits<S>];
@@ -275,7 +283,7 @@ void Forward<Op>::emit_hidden(const Work& work, int64_t panel, int64_t t, int64_
     }
   }
   if (go_on > 0)
-    Gates<Op>::share_tile(carried, n, first, go_on < count ? go_on : count, column, schedule.rows(), P, after);
+    Gates<Op>::hand_over_tile(carried, n, first, go_on < count ? go_on : count, column, schedule.rows(), P, after);
 }
 
 // h, or what zoneout keeps of the step before.
@@ -294,7 +302,7 @@ template <class Op>
 void Forward<Op>::run_step(const Work& work, int64_t step) const {
   const int64_t t = schedule.time(step), active = schedule.active(t), size = schedule.rows() * kGatesWidth<S>;
   const int64_t input_row = first_row(step / work.together * work.together, step);
-  const Word<Op>* tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
+  const auto tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
   for (int64_t first = work.share.begin; first < work.share.end; first += work.group) {
     const int64_t last = first + work.group < work.share.end ? first + work.group : work.share.end;
     for (int64_t p = first; p < last; ++p) {
@@ -313,7 +321,7 @@ template <class Op>
 void Forward<Op>::run_normalized_step(const Work& work, int64_t step) const {
   const int64_t t = schedule.time(step), active = schedule.active(t);
   const int64_t input_row = first_row(step / work.together * work.together, step);
-  const Word<Op>* tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
+  const auto tiles = Gates<Op>::tiles(hidden[step % 2], active, a.P);
   for (int64_t p = work.share.begin; p < work.share.end; ++p) {
     S* of_panel = work.row(p, 0, schedule.rows());
     Gates<Op>::multiply(active, schedule.rows(), a.P, tiles, weights.hidden(p), units_of<S>(p, a.H), of_panel, false);
@@ -352,7 +360,7 @@ void Forward<Op>::normalize_row(const Work& work, int64_t t, int64_t i, int64_t 
 
 // The rest of a panel's step, once all cells are there.
 template <class Op>
-void Forward<Op>::finish_normalized(const Work& work, int64_t panel, int64_t t, Shared* after) const {
+void Forward<Op>::finish_normalized(const Work& work, int64_t panel, int64_t t, Handed* after) const {
   const int64_t n = units_of<S>(panel, a.H);
   const T* of_panel = a.variant.norm_cell + panel * kUnits<S>;
   const Vec<S> gain = load_wide(of_panel, n), offset = load_wide(of_panel + a.H, n);
@@ -367,7 +375,7 @@ void Forward<Op>::finish_normalized(const Work& work, int64_t panel, int64_t t, 
 
 // h = W_hr (o * tanh(c)), the share's panels of h.
 template <class Op>
-void Forward<Op>::project(const Work& work, int64_t t, Shared* after) const {
+void Forward<Op>::project(const Work& work, int64_t t, Handed* after) const {
   const Share share = projected<S>(work.share, a.H, a.P);
   const int64_t active = schedule.active(t), words = words_of<Projection>(a.H);
   for (int64_t p = share.begin; p < share.end; ++p) {

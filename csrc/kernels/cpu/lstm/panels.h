@@ -65,7 +65,7 @@ template <class Op>
 struct ColumnsInPlace {
   const typename Op::Storage* weight;
   int64_t columns, H, panel;
-  Word<Op>* block;  // [kBlockWords][kUnits]
+  Scratch<Word<Op>> block;  // [kBlockWords][kUnits]
 
   const Word<Op>* operator()(int64_t k, int64_t n) const {
     copy(k, n, block);
@@ -116,16 +116,13 @@ struct GatesInPlace {
   }
 };
 
-// Rows of which each weight is multiplied as soon as it has been read: for more the registers do not suffice.
-constexpr int64_t kRowsInRegisters = 2;
-
-// c[rows, kGatesWidth] of one tile of so many rows by a whole panel where it lies  (+ c).
+// c[rows, kGatesWidth] of one tile of so many rows by a whole panel where it lies  (+ c): each weight is multiplied as
+// soon as it has been read. For more than two rows the registers do not suffice.
 template <class Op, int rows>
 void multiply_gates_in_registers(int64_t K, const Word<Op>* tile, const GatePanel<Op>& panel, Sum<Op>* c,
                                  bool accumulate) {
   using S = Sum<Op>;
   constexpr int64_t lanes = kLanes<S>, width = kGatesWidth<S>, depth = kBlockWords<Op, 4>;
-  static_assert(depth % lanes == 0);
   const int64_t words = words_of<Op>(K);
   const auto add = [&](const Vec<Word<Op>>& weights, int64_t k, int gate, Vec<S>(&sums)[rows][4]) {
 #pragma GCC unroll 4
@@ -133,18 +130,29 @@ void multiply_gates_in_registers(int64_t K, const Word<Op>* tile, const GatePane
       sums[i][gate] = Op::multiply_add(broadcast(tile[k * rows + i]), weights, sums[i][gate]);
     }
   };
+  constexpr int64_t line = 64 / static_cast<int64_t>(Op::kTerms * sizeof(typename Op::Storage)), part = kPartLanes<S>;
+  const auto add_part = [&](int64_t k, int gate, Vec<S>(&sums)[rows][4]) {
+    Vec<Word<Op>> columns[part];
+    load_transposed<Op>(panel.weight + gate * panel.gate_stride + k * Op::kTerms, K, columns);
+#pragma GCC unroll 4
+    for (int j = 0; j < part; ++j) add(columns[j], k + j, gate, sums);
+  };
   for (int64_t first = 0; first < words; first += depth) {
     const int64_t last = words - first < depth ? words : first + depth;
     Vec<S> sums[rows][4] = {};
     int64_t k = first;
-    for (; k + lanes <= last && (k + lanes) * Op::kTerms <= K; k += lanes) {
+    // Of one gate as much as a cache line holds, then of the next one: rows whose distance is a power of two meet in
+    // few places of the first-level cache, and would be gone before their lines are wanted again.
+    for (; k + line <= last && (k + line) * Op::kTerms <= K; k += line) {
 #pragma GCC unroll 4
       for (int gate = 0; gate < 4; ++gate) {
-        Vec<Word<Op>> square[lanes];
-        load_transposed<Op>(panel.weight + gate * panel.gate_stride + k * Op::kTerms, K, square);
-#pragma GCC unroll 16
-        for (int j = 0; j < lanes; ++j) add(square[j], k + j, gate, sums);
+#pragma GCC unroll 8
+        for (int64_t at = k; at < k + line; at += part) add_part(at, gate, sums);
       }
+    }
+    for (; k + part <= last && (k + part) * Op::kTerms <= K; k += part) {
+#pragma GCC unroll 4
+      for (int gate = 0; gate < 4; ++gate) add_part(k, gate, sums);
     }
     for (; k < last; ++k) {
       for (int gate = 0; gate < 4; ++gate) {
@@ -177,18 +185,18 @@ struct Gates {
   static void fill(const Storage* from, int64_t row, int64_t M, int64_t K, Word<Op>* tiles) {
     fill_row<Op, kForwardRows>(from, K, row, 0, M, words_of<Op>(K), tiles);
   }
-  // `count` elements of a row, from k on, into what workers share of a step, and the tiles of all that they shared.
-  static void share(const Storage* from, int64_t count, int64_t row, int64_t k, int64_t M, int64_t K,
-                    Word<Op>* shared) {
-    fill_row<Op, kForwardRows>(from, count, row, k / Op::kTerms, M, words_of<Op>(K), shared);
+  // `count` elements of a row, from k on, into what workers hand one another for a step, and the tiles of all of it.
+  static void hand_over(const Storage* from, int64_t count, int64_t row, int64_t k, int64_t M, int64_t K,
+                        Word<Op>* handed) {
+    fill_row<Op, kForwardRows>(from, count, row, k / Op::kTerms, M, words_of<Op>(K), handed);
   }
   // The same of the first `count` rows of a tile, kUnits apart.
-  static void share_tile(const Storage* rows, int64_t width, int64_t first, int64_t count, int64_t k, int64_t M,
-                         int64_t K, Word<Op>* shared) {
+  static void hand_over_tile(const Storage* rows, int64_t width, int64_t first, int64_t count, int64_t k, int64_t M,
+                             int64_t K, Word<Op>* handed) {
     fill_tile<Op>(rows, kUnits<Sum<Op>>, width, count, tile_height<kForwardRows>(first, M),
-                  in_tiles<kForwardRows>(shared, first, k / Op::kTerms, M, words_of<Op>(K)));
+                  in_tiles<kForwardRows>(handed, first, k / Op::kTerms, M, words_of<Op>(K)));
   }
-  static const Word<Op>* tiles(const Word<Op>* shared, int64_t, int64_t) { return shared; }
+  static const Word<Op>* tiles(const Word<Op>* handed, int64_t, int64_t) { return handed; }
 
   // c[M, kGatesWidth] of a panel of `units` units  (+ c); the tiles are those of total_rows.
   static void multiply(int64_t M, int64_t total_rows, int64_t K, const Word<Op>* tiles, const GatePanel<Op>& panel,
@@ -203,7 +211,7 @@ struct Gates {
       if (total_rows == 2) return multiply_gates_in_registers<Op, 2>(K, tiles, panel, c, accumulate);
     }
     constexpr int64_t kWords = kBlockWords<Op, 4> * kGatesWidth<Sum<Op>>;
-    Word<Op>* block = scratch<Word<Op>>(Slot::kPanel, kWords);
+    const auto block = scratch<Word<Op>>(Slot::kLstmGatesInPlace, kWords);
     if (units < kUnits<Sum<Op>>) memset(block, 0, kWords * sizeof(Word<Op>));
     by(GatesInPlace<Op>{panel, K, units, block});
   }

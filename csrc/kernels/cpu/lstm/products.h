@@ -116,7 +116,8 @@ void Recomputation<Op>::run(const Tokens<T>& tokens, const Parallel& parallel) c
   for (int64_t from = 0, to; from < a.steps; from = to) {
     for (to = from + 1; to < a.steps && schedule.first(to + 1) - schedule.first(from) <= kRows; ++to) continue;
     const int64_t begin = schedule.first(from), end = schedule.first(to), count = end - begin;
-    S* inputs = scratch<S>(Slot::kKernel, count * width * (norm() ? 2 : 1));
+    const auto sums = scratch<S>(Slot::kLstmRecomputation, count * width * (norm() ? 2 : 1));
+    S* inputs = sums;
     S* hidden = norm() ? inputs + count * width : inputs;
     gemm<Op>(count, width, a.I, row_major(tokens.input() + begin * a.I, a.I), transposed(a.weight_ih, a.I), inputs,
              width, false, parallel);
@@ -177,14 +178,14 @@ void Recomputation<Op>::measure_cell(int64_t t, int64_t i) const {
   const int64_t row = schedule.row(i), token = schedule.token(t, i), before = schedule.time_before(t), H = a.H;
   const bool reset = resets(a.variant, t, row, a.B), is_first = i >= schedule.active(before);
   const T* gate = gates + token * 4 * H;
-  S* cell = scratch<S>(Slot::kPackedA, H);
+  const auto cell = scratch<S>(Slot::kLstmNewCell, H);
   for_lanes<S>(0, H, [&](int64_t j, int64_t n) {
     Vec<S> c_prev = {};
     if (!reset) c_prev = is_first ? load_wide(a.c_0 + row * H + j, n) : load(a.cells + (before * a.B + row) * H + j, n);
     store(cell + j, fma(load_wide(gate + H + j, n), c_prev, load_wide(gate + j, n) * load_wide(gate + 2 * H + j, n)),
           n);
   });
-  const Moments<S> moments = moments_of(cell, H);
+  const Moments<S> moments = moments_of(cell.get(), H);
   scales[token * 4 + 2] = moments.mean;
   scales[token * 4 + 3] = moments.scale;
 }
@@ -292,7 +293,8 @@ void stacked_products(const LstmWeightGradients<T>& a, const Parallel& parallel)
   for (int64_t first = 0, last = 0; first < a.steps; first = last) {
     int64_t N = 0;
     while (last < a.steps && (!kExact || N < kTogether)) N += a.rows[last++];
-    T* const da = scratch<T>(Slot::kKernel, N * (width + a.I + a.P));
+    const auto stacked = scratch<T>(Slot::kLstmStackedSteps, N * (width + a.I + a.P));
+    T* const da = stacked;
     T* const x = stack_rows(a.grad_gates, a.rows, first, last, width, da);
     T* const h = stack_rows(a.input, a.rows, first, last, a.I, x);
     stack_rows(a.previous, a.rows, first, last, a.P, h);

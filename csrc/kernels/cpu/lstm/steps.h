@@ -37,7 +37,8 @@ class Running {
       values_ = state;
       return;
     } else {
-      values_ = scratch<S>(slot, count);
+      memory_ = scratch<S>(slot, count);
+      values_ = memory_;
       if (initial == nullptr) {
         copy_or_zero<S>(values_, nullptr, count);
       } else {
@@ -53,6 +54,7 @@ class Running {
 
  private:
   T* state_;
+  Scratch<S> memory_;
   S* values_;
   int64_t count_;
 };

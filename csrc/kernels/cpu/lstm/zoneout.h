@@ -56,13 +56,16 @@ class Zoneout {
 // Both masks of zoneout.
 template <class T>
 struct Zoneouts {
+  Carved<uint16_t, 2> bits;
   Zoneout<T> hidden, cell;
 
   static Zoneouts of(const LstmVariant<T>& v, int64_t B, int64_t H, int64_t P, const Share& share) {
     const int64_t of_hidden = v.zoneout_h > 0 ? B * mask_groups(P) : 0,
                   of_cell = v.zoneout_c > 0 ? B * mask_groups(H) : 0;
-    const auto [hidden, cell] = carve<uint16_t>(Slot::kMasks, {of_hidden, of_cell});
-    return {Zoneout<T>(v, Purpose::kZoneoutHidden, v.zoneout_h, P, projected<Widened<T>>(share, H, P), hidden),
+    auto bits = carve<uint16_t>(Slot::kLstmMasks, {of_hidden, of_cell});
+    uint16_t *hidden = bits[0], *cell = bits[1];
+    return {std::move(bits),
+            Zoneout<T>(v, Purpose::kZoneoutHidden, v.zoneout_h, P, projected<Widened<T>>(share, H, P), hidden),
             Zoneout<T>(v, Purpose::kZoneoutCell, v.zoneout_c, H, share, cell)};
   }
 
