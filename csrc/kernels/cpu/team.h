@@ -19,13 +19,13 @@
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
-// About two microseconds of spinning, more than workers come apart in a step; then the one that is waited for may need
-// this very core.
+// Some ten microseconds of spinning, more than workers come apart in a step: whoever yields sooner hands its core to a
+// process that only spins. Later, the one that is waited for may need this very core.
 inline void pause_briefly(int64_t turn) {
 #ifdef LLMKERN_X86
   _mm_pause();
 #endif
-  if (turn % 64 == 63) std::this_thread::yield();
+  if (turn % 1024 == 1023) std::this_thread::yield();
 }
 
 // Another worker has failed.
