@@ -33,15 +33,13 @@ def decode(kind: str, H: int, B: int, dtype: str, T: int = 1) -> Step:
     layer = (torch.nn if kind == "nn.LSTM" else llmkern.nn).LSTM(H, H, dtype=getattr(torch, dtype))
     x = torch.randn(T, B, H).to(layer.weight_hh_l0.dtype)
     state = torch.zeros(1, B, H).to(x), torch.zeros(1, B, H).to(x)
-    if kind == "snapshot" and hasattr(
-        llmkern.nn, "snapshot_weights"
-    ):  # before there were any, each module kept one
-        snapshot = llmkern.nn.snapshot_weights(layer)
-        snapshot.__enter__()
+    held = ExitStack()  # before there were snapshots, each module kept one
+    if kind == "snapshot" and hasattr(llmkern.nn, "snapshot_weights"):
+        held.enter_context(llmkern.nn.snapshot_weights(layer))
 
     def run() -> object:
         with torch.no_grad():
-            return layer(x, state)
+            return layer(x, state), held
 
     return run
 
