@@ -407,11 +407,15 @@ def owed_by(op: Op) -> list[Promise]:
     ]
 
 
-def every_promise_of(ops: Sequence[Op], *more: Promise) -> pytest.MarkDecorator:
-    """Parametrises a test by `promise` and `op`."""
+def every_promise_of(
+    ops: Sequence[Op],
+    *more: Promise,
+    fits: Callable[[Promise, Op], bool] = lambda promise, op: True,
+) -> pytest.MarkDecorator:
+    """Parametrises a test by `promise` and `op`, those that fit."""
     pairs = []
     for op in ops:
-        for promise in [*owed_by(op), *more]:
+        for promise in filter(lambda promise: fits(promise, op), [*owed_by(op), *more]):
             reason = op.owes.get(promise.__name__)
             marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
             pairs.append(pytest.param(promise, op, id=f"{promise.__name__}-{op}", marks=marks))
