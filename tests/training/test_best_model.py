@@ -11,7 +11,7 @@ from llmkern.training import Trainer, TrainingArguments, evaluate, load_checkpoi
 from llmkern.training.state import TrainingState
 from tests.models import toys
 from tests.training.test_resume import assert_same_run, stop_after
-from tests.training.test_trainer import VALID, WORDS, log_of, trainer
+from tests.training.test_trainer import VALID, TOKENIZER, log_of, trainer
 
 EPOCH = 9  # steps
 
@@ -60,9 +60,9 @@ def test_the_best_model_of_a_stop_outlives_the_next_epoch(tmp_path):
 
 
 def test_validation_every_so_many_steps(tmp_path):
-    plain = toys.model(WORDS.vocab_size)
+    plain = toys.model(TOKENIZER.vocab_size)
     trainer(plain, tmp_path / "plain", epochs=2).train()
-    model = toys.model(WORDS.vocab_size)
+    model = toys.model(TOKENIZER.vocab_size)
     result = trainer(model, tmp_path / "often", epochs=2, eval_every_steps=3).train()
     validations = log_of(tmp_path / "often", "validation")
     assert [entry["step"] for entry in validations] == [
@@ -110,13 +110,13 @@ def test_patience_does_not_depend_on_where_a_run_was_stopped():
 
 
 def test_without_a_validation_text_a_stop_keeps_the_newest(tmp_path):
-    model = toys.model(WORDS.vocab_size)
+    model = toys.model(TOKENIZER.vocab_size)
     trainer(model, tmp_path, valid=None, epochs=9, max_steps=EPOCH + 2).train()
     toys.assert_same_parameters(LanguageModel.from_pretrained(tmp_path), model)
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path):
-    model = toys.model(WORDS.vocab_size)
+    model = toys.model(TOKENIZER.vocab_size)
     loss = model.loss
 
     def broken(ids, targets, state):
@@ -150,7 +150,7 @@ def test_settings_that_need_a_validation_text_say_so(settings, name):
 
 
 def test_too_little_memory_in_validation_says_what_to_lower(tmp_path):
-    model = toys.model(WORDS.vocab_size)
+    model = toys.model(TOKENIZER.vocab_size)
     loss = model.loss
 
     def greedy(*args):
@@ -169,9 +169,13 @@ def test_too_little_memory_in_validation_says_what_to_lower(tmp_path):
 )
 def test_batch_sizes_fit_the_text(tokens, batch_size):
     """By themselves: an epoch has 20 steps where the text has them."""
-    ids = torch.arange(tokens) % WORDS.vocab_size
+    ids = torch.arange(tokens) % TOKENIZER.vocab_size
     run = Trainer(
-        toys.model(WORDS.vocab_size), TrainingArguments(bptt=12), ids, ids[:20], show_progress=False
+        toys.model(TOKENIZER.vocab_size),
+        TrainingArguments(bptt=12),
+        ids,
+        ids[:20],
+        show_progress=False,
     )
     assert run.arguments.batch_size == batch_size
     assert run.arguments.eval_batch_size == 1

@@ -24,8 +24,8 @@ from llmkern.training import (
 from llmkern.training.state import TrainingState
 from tests.models import toys
 
-WORDS = toys.tokenizer()
-IDS = toys.token_ids(WORDS)
+TOKENIZER = toys.tokenizer()
+IDS = toys.token_ids(TOKENIZER)
 FUZZ = settings(
     max_examples=60,
     derandomize=True,
@@ -37,12 +37,12 @@ FUZZ = settings(
 def trainer(folder, **options):
     defaults = {"batch_size": 4, "bptt": 8, "epochs": 2, "tensorboard": False}
     return Trainer(
-        toys.model(WORDS.vocab_size, num_layers=1),
+        toys.model(TOKENIZER.vocab_size, num_layers=1),
         TrainingArguments(**(defaults | options)),
         IDS[:200],
         IDS[200:240],
         output_dir=folder,
-        tokenizer=WORDS,
+        tokenizer=TOKENIZER,
         show_progress=False,
     )
 

@@ -15,8 +15,8 @@ from llmkern.models import LanguageModel
 from llmkern.training import Trainer, TrainingArguments, load_checkpoint
 from tests.models import toys
 
-WORDS = toys.tokenizer()
-IDS = toys.token_ids(WORDS)
+TOKENIZER = toys.tokenizer()
+IDS = toys.token_ids(TOKENIZER)
 
 
 class Pair(NamedTuple):
@@ -29,7 +29,7 @@ class Counting(nn.Module):
 
     def __init__(self, wrap=None, unwrap=None):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(WORDS.vocab_size))
+        self.bias = nn.Parameter(torch.zeros(TOKENIZER.vocab_size))
         self.wrap = wrap or (lambda count: (count,))
         self.unwrap = unwrap or (lambda state: state[0])
         self.kinds = set()
@@ -37,7 +37,7 @@ class Counting(nn.Module):
     def loss(self, ids, targets, state):
         self.kinds.add(type(state))
         count = torch.zeros(()) if state is None else self.unwrap(state)
-        logits = self.bias.expand(*ids.shape, -1).reshape(-1, WORDS.vocab_size)
+        logits = self.bias.expand(*ids.shape, -1).reshape(-1, TOKENIZER.vocab_size)
         loss = F.cross_entropy(logits * (1 + 0.1 * count), targets.reshape(-1))
         return loss, self.wrap(count + 1 + 0 * self.bias.sum())
 
@@ -187,14 +187,14 @@ def test_the_best_state_of_an_own_module_is_kept(tmp_path):
 
 
 def test_a_compiled_model_leaves_its_model(tmp_path):
-    plain = toys.model(WORDS.vocab_size)
-    compiled = torch.compile(toys.model(WORDS.vocab_size), backend="eager")
+    plain = toys.model(TOKENIZER.vocab_size)
+    compiled = torch.compile(toys.model(TOKENIZER.vocab_size), backend="eager")
     own_trainer(plain, tmp_path / "plain").train()
     own_trainer(compiled, tmp_path / "compiled", max_steps=12).train()
     names = [sorted(p.name for p in (tmp_path / run).iterdir()) for run in ("plain", "compiled")]
     assert "model.safetensors" in names[1]
     # Not compiled any more, it goes on with the same run.
-    own_trainer(toys.model(WORDS.vocab_size), tmp_path / "compiled").train(resume=True)
+    own_trainer(toys.model(TOKENIZER.vocab_size), tmp_path / "compiled").train(resume=True)
     toys.assert_same_parameters(
         *(LanguageModel.from_pretrained(tmp_path / run) for run in ("plain", "compiled"))
     )

@@ -18,8 +18,8 @@ from llmkern.training import Trainer, TrainingArguments, list_checkpoints, load_
 from tests.models import toys
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = toys.tokenizer()
-IDS = toys.token_ids(WORDS)
+TOKENIZER = toys.tokenizer()
+IDS = toys.token_ids(TOKENIZER)
 OPTIMIZERS = {
     "sgd": {"optimizer": "sgd", "learning_rate": 0.5, "momentum": 0.9, "lr_schedule": "decay"},
     "adam": {"optimizer": "adam", "lr_schedule": "cosine", "warmup_steps": 5},
@@ -32,12 +32,12 @@ def trainer(folder, model=None, train=IDS[:800], valid=IDS[800:], **settings):
     defaults = {"batch_size": 8, "bptt": 12, "epochs": 3, "save_every_steps": 4, "log_every": 2}
     defaults |= {"tensorboard": False, "seed": 5}
     return Trainer(
-        model or toys.model(WORDS.vocab_size, dropout=0.3),
+        model or toys.model(TOKENIZER.vocab_size, dropout=0.3),
         TrainingArguments(**(defaults | settings)),
         train,
         valid,
         output_dir=folder,
-        tokenizer=WORDS,
+        tokenizer=TOKENIZER,
         show_progress=False,
     )
 
@@ -191,7 +191,10 @@ def test_after_a_corrupt_checkpoint_the_one_before_serves(tmp_path):
             r"of another text: expected train_ids of 800 tokens with SHA-256 \w+",
         ),
         ({"valid": None}, r"expected valid_ids of \d+ tokens .* got none at all"),
-        ({"model": toys.model(WORDS.vocab_size, hidden_size=9)}, r"(?s)of another model: .*lstm"),
+        (
+            {"model": toys.model(TOKENIZER.vocab_size, hidden_size=9)},
+            r"(?s)of another model: .*lstm",
+        ),
     ],
     ids=str,
 )

@@ -19,19 +19,19 @@ from llmkern.training.run_folder import NAMES, check_folder
 from tests.models import toys
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = toys.tokenizer()
-IDS = toys.token_ids(WORDS)
+TOKENIZER = toys.tokenizer()
+IDS = toys.token_ids(TOKENIZER)
 
 
 def trainer(folder, seed=1, **settings):
     defaults = {"batch_size": 8, "bptt": 12, "epochs": 1, "seed": seed, "tensorboard": False}
     return Trainer(
-        toys.model(WORDS.vocab_size, seed=seed),
+        toys.model(TOKENIZER.vocab_size, seed=seed),
         TrainingArguments(**(defaults | settings)),
         IDS[:800],
         IDS[800:],
         output_dir=folder,
-        tokenizer=WORDS,
+        tokenizer=TOKENIZER,
         show_progress=False,
     )
 

@@ -16,8 +16,8 @@ from llmkern.models import LanguageModel
 from llmkern.training import Trainer, TrainingArguments, evaluate, list_checkpoints, texts
 from tests.models import toys
 
-WORDS = toys.tokenizer()
-IDS = toys.token_ids(WORDS)
+TOKENIZER = toys.tokenizer()
+IDS = toys.token_ids(TOKENIZER)
 TRAIN, VALID = IDS[:800], IDS[800:]
 
 
@@ -30,12 +30,12 @@ def trainer(model=None, output_dir=None, valid=VALID, **settings):
         "tensorboard": False,
     }
     return Trainer(
-        model or toys.model(WORDS.vocab_size),
+        model or toys.model(TOKENIZER.vocab_size),
         TrainingArguments(**(defaults | settings)),
         TRAIN,
         valid,
         output_dir=output_dir,
-        tokenizer=WORDS,
+        tokenizer=TOKENIZER,
         show_progress=False,
     )
 
@@ -46,7 +46,7 @@ def log_of(folder, event):
 
 
 def test_learns():
-    model = toys.model(WORDS.vocab_size)
+    model = toys.model(TOKENIZER.vocab_size)
     before = evaluate(model, VALID, batch_size=8, accuracy=False).loss
     result = trainer(model, epochs=12).train()
     after = evaluate(model, VALID, batch_size=8, bptt=12, accuracy=False).loss
@@ -62,13 +62,13 @@ class Recorder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(WORDS.vocab_size))
+        self.bias = nn.Parameter(torch.zeros(TOKENIZER.vocab_size))
         self.seen = []
 
     def loss(self, ids, targets, state):
         if self.training:
             self.seen.append((ids.clone(), targets.clone(), state))
-        logits = self.bias.expand(*ids.shape, -1).reshape(-1, WORDS.vocab_size)
+        logits = self.bias.expand(*ids.shape, -1).reshape(-1, TOKENIZER.vocab_size)
         count = 0 if state is None else state["windows"] if isinstance(state, dict) else state[0]
         return F.cross_entropy(logits, targets.reshape(-1)), (count + 1, self.bias * 1)
 
@@ -90,7 +90,7 @@ def test_reads_every_lane_in_order_and_carries_the_state():
 def test_trains_any_module_with_a_loss(tmp_path):
     model = Recorder()
     result = trainer(model, tmp_path, epochs=12, learning_rate=0.1).train()
-    counts = torch.bincount(TRAIN, minlength=WORDS.vocab_size).double()
+    counts = torch.bincount(TRAIN, minlength=TOKENIZER.vocab_size).double()
     share = counts / counts.sum()
     entropy = -(share * share.clamp(min=1e-9).log()).sum().item()
     assert result.history[-1]["train_loss"] == pytest.approx(entropy, abs=0.05)
@@ -115,7 +115,7 @@ class TorchTwin(LanguageModel):
 def test_agrees_with_torchs_layers_in_the_same_trainer():
     def build(kind):
         torch.manual_seed(0)
-        model = kind(WORDS.vocab_size, embedding_dim=12, hidden_size=16, num_layers=2)
+        model = kind(TOKENIZER.vocab_size, embedding_dim=12, hidden_size=16, num_layers=2)
         return model.double()
 
     settings = {"optimizer": "sgd", "learning_rate": 1.0, "loss_reduction": "sum_time"}
@@ -134,7 +134,7 @@ def test_the_run_folder(tmp_path):
     loaded = LanguageModel.from_pretrained(tmp_path)
     loss = evaluate(loaded, VALID, batch_size=8, bptt=12, accuracy=False).loss
     assert loss == result.best_loss
-    assert loaded.tokenizer.encode("the cat") == WORDS.encode("the cat")
+    assert loaded.tokenizer.encode("the cat") == TOKENIZER.encode("the cat")
 
 
 def test_the_log_says_what_happened(tmp_path):
@@ -177,7 +177,7 @@ def _set_lr(some_trainer, value):
 
 
 def test_stops_without_gain():
-    model = toys.model(WORDS.vocab_size)
+    model = toys.model(TOKENIZER.vocab_size)
     result = trainer(model, epochs=50, patience=2, optimizer="sgd", learning_rate=1e-30).train()
     assert result.stop_reason == "patience"
     assert result.epoch == 3
@@ -195,7 +195,7 @@ def test_stops_by_steps_and_by_time(tmp_path):
 
 
 def test_without_validation_the_newest_model_is_saved(tmp_path):
-    model = toys.model(WORDS.vocab_size)
+    model = toys.model(TOKENIZER.vocab_size)
     result = trainer(model, tmp_path, valid=None).train()
     assert result.best_loss is None
     toys.assert_same_parameters(LanguageModel.from_pretrained(tmp_path), model)
@@ -203,7 +203,7 @@ def test_without_validation_the_newest_model_is_saved(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_stops(tmp_path, number):
-    model = toys.model(WORDS.vocab_size)
+    model = toys.model(TOKENIZER.vocab_size)
     loss, calls = model.loss, []
 
     def interrupted(*args):
@@ -224,7 +224,7 @@ def test_a_signal_saves_and_stops(tmp_path, number):
 
 
 def test_the_second_interrupt_is_at_once(tmp_path):
-    model = toys.model(WORDS.vocab_size)
+    model = toys.model(TOKENIZER.vocab_size)
 
     def impatient(*args):
         signal.raise_signal(signal.SIGINT)
@@ -236,7 +236,7 @@ def test_the_second_interrupt_is_at_once(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    model = toys.model(WORDS.vocab_size)
+    model = toys.model(TOKENIZER.vocab_size)
     loss, calls = model.loss, []
 
     def broken(*args):
@@ -263,7 +263,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 def test_texts_that_do_not_fit_are_refused_before_the_first_step(train, valid, message):
     with pytest.raises(ValueError, match=message):
         Trainer(
-            toys.model(WORDS.vocab_size), TrainingArguments(batch_size=8, eval_batch_size=8), train,
+            toys.model(TOKENIZER.vocab_size), TrainingArguments(batch_size=8, eval_batch_size=8), train,
             valid, show_progress=False,
         )  # fmt: skip
 
@@ -277,7 +277,7 @@ def test_ids_in_half_the_memory_are_the_same_text(monkeypatch):
 
 def test_a_text_of_another_type():
     with pytest.raises(TypeError, match=r"int64 or int32 tensor, got torch\.float32"):
-        Trainer(toys.model(WORDS.vocab_size), TrainingArguments(batch_size=8), TRAIN.float())
+        Trainer(toys.model(TOKENIZER.vocab_size), TrainingArguments(batch_size=8), TRAIN.float())
 
 
 def test_a_folder_with_another_run_is_not_touched(tmp_path):
@@ -297,7 +297,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_the_seed_decides_dropout():
     runs = []
     for seed in (1, 1, 2):
-        model = toys.model(WORDS.vocab_size, dropout=0.3)
+        model = toys.model(TOKENIZER.vocab_size, dropout=0.3)
         trainer(model, epochs=1, seed=seed).train()
         runs.append(model.head.weight.detach())
     assert torch.equal(runs[0], runs[1])
