@@ -11,7 +11,7 @@ from llmkern.training import Trainer, TrainingArguments, evaluate, load_checkpoi
 from llmkern.training.state import TrainingState
 from tests.models import toys
 from tests.training.test_resume import assert_same_run, stop_after
-from tests.training.test_trainer import VALID, TOKENIZER, log_of, trainer
+from tests.training.test_trainer import TOKENIZER, VALID, log_of, trainer
 
 EPOCH = 9  # steps
 
