@@ -6,6 +6,7 @@ No test here depends on how fast anything is: where durations matter, the clock 
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -418,12 +419,16 @@ def test_one_line_a_case_names_the_fastest_peer_and_the_fastest_graph() -> None:
     assert row[-1] == "50000% of FMA"
 
 
+def run_pytest(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Not as a worker of the pytest that runs this test: pytest-benchmark measures nothing in one."""
+    alone = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    return subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+
+
 def test_stopped_early_a_run_reports_what_it_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_embedding.py", "-o", "addopts="]
     command += ["-p", "no:cacheprovider", "-k", "D200", "--seconds", "0", "--stop-after", "0"]
-    done = subprocess.run(
-        [*command, "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_pytest([*command, "--results", str(tmp_path)])
     assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout + done.stderr
     assert "--stop-after 0: the other cases were not measured" in done.stdout
     (path,) = (tmp_path / "local").iterdir()
@@ -450,7 +455,7 @@ def test_pytest_benchmark_reports_the_same_samples(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks", "-o", "addopts=", "--benchmark-only"]
     command += ["-p", "no:cacheprovider", "-k", "forward-V10000-D200-N400", "--seconds", "0"]
     command += ["--results", str(tmp_path), "--save", "run", "--benchmark-json", str(theirs)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_pytest(command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "F.embedding" in done.stdout
     run = json.loads((tmp_path / "run.json").read_text())

@@ -97,13 +97,16 @@ def test_steady_steps_take_no_fresh_memory(
 ) -> None:
     step = STEPS[name]
     first = [grad.clone() for grad in step(layer)]
-    for _ in range(2):
-        again = step(layer)
-    before = stats()
-    assert before.held >= others + 2 * MIB
-    for _ in range(5):
-        again = step(layer)
-    assert stats().mapped == before.mapped
+    # The first steps find blocks of other sizes, and of other tests; soon five steps in a row map none.
+    for _ in range(10):
+        before = stats()
+        for _ in range(5):
+            again = step(layer)
+        if stats().mapped == before.mapped:
+            break
+    else:
+        pytest.fail(f"expected steps that map no memory, got {before} and then {stats()}")
+    assert stats().held >= others + 2 * MIB
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     del again
     assert in_use() == others  # everything has come back

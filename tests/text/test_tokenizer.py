@@ -2,6 +2,7 @@
 """Tokenizer: vocabulary order, the meaning of each kind, what is refused and how."""
 
 import _thread
+import signal
 import subprocess
 import sys
 import threading
@@ -177,9 +178,15 @@ def test_ctrl_c_ends_the_learning_of_merges(monkeypatch):
         _thread.interrupt_main()
 
     monkeypatch.setattr(backends, "_learn", learn)
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # workers of a parallel run ignore it
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        Tokenizer.train("some text", kind="bpe")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Tokenizer.train("some text", kind="bpe")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not over.is_set()
     over.set()
 
